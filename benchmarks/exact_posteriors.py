@@ -1,0 +1,295 @@
+"""Grade every sampler against exact posteriors and write the tables of the documentation.
+
+Stationary Gaussian field (32x32 and 64x64) behind a mask, subsampled Fourier rows and a blur; the 25-component
+mixture of the MCGDiff paper (d = 8 and 80, one to four data). Each row is one sampler at its published default or
+at its best preset. Rows are cached in a JSON file, so that the run can be interrupted and continued.
+
+    python benchmarks/exact_posteriors.py run      # grade what is not graded yet
+    python benchmarks/exact_posteriors.py write    # write docs/samplers and the table of the README
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import json
+import math
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import invdiff
+from invdiff import anchors, reference, samplers
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "samplers" / "exact_posteriors.json"
+FIELDS = [("mask", 32), ("fourier", 32), ("blur", 32), ("mask", 64), ("fourier", 64), ("blur", 64)]
+MIXTURES = [(8, 1), (8, 2), (8, 4), (80, 1), (80, 2), (80, 4)]
+MIXTURE_SEEDS = range(3)
+FIELD_DRAWS, MIXTURE_DRAWS = 256, 2000
+#: Published defaults and the settings that do best here; the names appear in the tables.
+ROWS: dict[str, dict[str, str | None]] = {
+    "tmpd": {"default": None, "published": "first-order"},
+    "dds": {"default": None, "published": "published", "best": "exact"},
+    "diffpir": {"published": "published", "best": "exact"},
+    "pigdm": {"default": None, "unit": "unit", "published": "published"},
+    "daps": {"published": "published", "best": "exact"},
+    "dps": {"published": "published", "best": "exact"},
+    "reddiff": {"published": "published", "best": "strong"},
+}
+#: Rows too expensive for two cores beyond the first field (thousands of Langevin moves or VJPs per draw).
+EXPENSIVE = {("daps", "published"), ("tmpd", "published")}
+FIGURES = (
+    ("mean_error", "mean error"),
+    ("std_ratio", "std ratio"),
+    ("std_ratio_measured", "std ratio, measured"),
+    ("std_ratio_null", "std ratio, null"),
+    ("coverage", "coverage"),
+    ("coverage_measured", "coverage, measured"),
+    ("sliced_wasserstein", "sliced W1"),
+)
+
+
+def main() -> None:
+    """Run or write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "write"])
+    parser.add_argument("--only", nargs="*", default=[], help="samplers to run")
+    parser.add_argument("--threads", type=int, default=0, help="threads to use")
+    parser.add_argument("--problems", nargs="*", default=[], help="problems to run, e.g. mask-32 mixture-8-1")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.what == "run":
+        run(options.only, options.problems)
+    write()
+
+
+def problems() -> list[str]:
+    """Names of all problems, cheap ones first."""
+    small = [f"{op}-{size}" for op, size in FIELDS if size == 32]
+    large = [f"{op}-{size}" for op, size in FIELDS if size == 64]
+    return [*small, *(f"mixture-{d}-{m}" for d, m in MIXTURES), *large]
+
+
+def configuration(name: str, preset: str | None) -> samplers.Sampler:
+    """Return a sampler at its defaults or at a preset."""
+    return samplers.get(name, preset=preset)
+
+
+def run(only: list[str], chosen: list[str]) -> None:
+    """Grade every (sampler, setting, problem) that is not in the cache yet."""
+    done = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for problem in chosen or problems():
+        exact_key = f"exact/-/{problem}"
+        if exact_key not in done:
+            done[exact_key] = {"config": {}, **average(grade_exact, problem)}
+            save(done)
+        for name, settings in ROWS.items():
+            for setting, preset in settings.items():
+                if (name, setting) in EXPENSIVE and problem != "mask-32":
+                    continue
+                sampler = configuration(name, preset)
+                config = json.loads(json.dumps(dataclasses.asdict(sampler)))
+                key = f"{name}/{setting}/{problem}"
+                if (only and name not in only) or done.get(key, {}).get("config") == config:
+                    continue
+                start = time.time()
+                figures = average(lambda p, seed, s=sampler: grade_sampler(p, s, seed), problem)
+                done[key] = {"config": config, **figures}
+                save(done)
+                shown = {k: round(v, 3) for k, v in figures.items()}
+                print(f"{key} {time.time() - start:.0f} s {shown}", flush=True)
+
+
+def average(grade, problem: str) -> dict[str, float]:
+    """Average the figures over problem seeds (mixtures) or take the one problem (fields)."""
+    seeds = MIXTURE_SEEDS if problem.startswith("mixture") else [0]
+    rows = [grade(problem, seed) for seed in seeds]
+    return {k: float(np.nanmean([r[k] for r in rows])) if not _all_nan(rows, k) else math.nan for k in rows[0]}
+
+
+def _all_nan(rows: list[dict[str, float]], key: str) -> bool:
+    return all(math.isnan(r[key]) for r in rows)
+
+
+def build(problem: str, seed: int):
+    """Return (problem, prior, exact posterior, draws)."""
+    kind, *numbers = problem.split("-")
+    if kind == "mixture":
+        made = anchors.mcgdiff_mixture(int(numbers[0]), int(numbers[1]), seed)
+        return *made, reference.posterior(*made), MIXTURE_DRAWS
+    made = anchors.gaussian_field(int(numbers[0]), kind, seed)
+    return *made, reference.posterior(*made), FIELD_DRAWS
+
+
+def grade_exact(name: str, seed: int) -> dict[str, float]:
+    """Grade exact draws: the floor."""
+    *_, exact, n = build(name, seed)
+    return {**anchors.grade(exact.sample(n, 1)[0], exact), "nfe": 0.0, "failed": 0.0}
+
+
+def grade_sampler(name: str, sampler: samplers.Sampler, seed: int) -> dict[str, float]:
+    """Draw and grade; draws that failed are left out and counted."""
+    problem, prior, exact, n = build(name, seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # failed draws are counted below
+        try:
+            made = invdiff.sample(problem, prior, sampler, draws=n, seed=1000 + seed, max_batch=n, progress=False)
+        except invdiff.InvdiffError:
+            return {k: math.nan for k, _ in FIGURES} | {"mode_tv": math.nan, "nfe": math.nan, "failed": 1.0}
+    array = made.estimate if made.kind == "point" else made.draws
+    draws = torch.from_numpy(np.asarray(array).reshape(n, *problem.operator.domain.shape))
+    good = torch.isfinite(draws).flatten(1).all(1) & (draws.flatten(1).abs().amax(1) < 1e6)
+    nfe = float(np.asarray(made.stats["nfe"]).ravel()[0])
+    if int(good.sum()) < 2:
+        return {k: math.nan for k, _ in FIGURES} | {"mode_tv": math.nan, "nfe": nfe, "failed": 1.0}
+    return {**anchors.grade(draws[good], exact), "nfe": nfe, "failed": 1 - float(good.double().mean())}
+
+
+def save(done: dict) -> None:
+    """Write the cache atomically."""
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    temporary = RESULTS.with_suffix(".tmp")
+    keep = {"config", "mode_tv", "chi2_ratio", "nfe", "failed", *(k for k, _ in FIGURES)}
+    slim = {
+        k: {
+            a: (round(b, 4) if isinstance(b, float) and math.isfinite(b) else b) for a, b in v.items() if a in keep
+        }
+        for k, v in sorted(done.items())
+    }
+    slim = {
+        k: {a: None if isinstance(b, float) and not math.isfinite(b) else b for a, b in v.items()}
+        for k, v in slim.items()
+    }
+    temporary.write_text(json.dumps(slim, indent=1) + "\n")
+    temporary.replace(RESULTS)
+
+
+def write() -> None:
+    """Write docs/samplers/exact_posteriors.md, one page per sampler, and the table of the README."""
+    done = json.loads(RESULTS.read_text())
+    folder = RESULTS.parent
+    (folder / "exact_posteriors.md").write_text(overview(done))
+    for name in samplers.REGISTRY:
+        (folder / f"{name}.md").write_text(page(name, done))
+    readme = ROOT / "README.md"
+    if readme.exists():
+        text = readme.read_text()
+        begin, end = "<!-- samplers:begin -->", "<!-- samplers:end -->"
+        if begin in text:
+            head, rest = text.split(begin)
+            readme.write_text(head + begin + "\n\n" + summary(done) + "\n" + end + rest.split(end)[1])
+
+
+def cell(row: dict, key: str) -> str:
+    """Format one figure."""
+    value = row.get(key)
+    if value is None:
+        return "–"
+    return f"{value:.0f}" if key == "nfe" else f"{value:.3f}" if abs(value) < 10 else f"{value:.2g}"
+
+
+def table(rows: list[tuple[str, dict]], mixture: bool = False) -> str:
+    """Format rows as a Markdown table."""
+    figures = [*FIGURES, *([("mode_tv", "mode TV")] if mixture else []), ("failed", "failed"), ("nfe", "NFE")]
+    lines = ["| sampler | " + " | ".join(title for _, title in figures) + " |", "|---" * (len(figures) + 1) + "|"]
+    lines += ["| " + label + " | " + " | ".join(cell(row, k) for k, _ in figures) + " |" for label, row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def rows_of(done: dict, problem: str, only: str | None = None) -> list[tuple[str, dict]]:
+    """All graded rows of a problem, the exact draws first."""
+    out = [("exact draws (floor)", done[f"exact/-/{problem}"])] if f"exact/-/{problem}" in done else []
+    for name, settings in ROWS.items():
+        for setting in settings:
+            key = f"{name}/{setting}/{problem}"
+            if key in done and only in (None, name):
+                out.append((f"{name}, {setting}", done[key]))
+    return out
+
+
+def title_of(problem: str) -> str:
+    """Name of a problem for people."""
+    kind, *numbers = problem.split("-")
+    if kind == "mixture":
+        return f"Mixture of 25 Gaussians, d = {numbers[0]}, {numbers[1]} data ({len(MIXTURE_SEEDS)} problems)"
+    words = {"mask": "30 % of the pixels", "fourier": "4-fold undersampled Fourier rows", "blur": "Gaussian blur"}
+    return f"Gaussian field {numbers[0]}x{numbers[0]}, {words[kind]}"
+
+
+EXPLANATION = """\
+* **mean error**: root mean square over pixels of (mean of the draws - exact mean) / exact std. The floor is
+  1/sqrt(number of draws): 0.0625 for 256 draws.
+* **std ratio**: std of the draws over the exact std; also on the directions that the data measure and on the null
+  space apart, because an overall ratio near 1 can hide a sampler that fits the noise.
+* **coverage**: exact posterior mass inside the draws' central 90 % intervals; 0.9 is right.
+* **sliced W1**: sliced Wasserstein-1 distance to as many exact draws. **mode TV**: total variation between the
+  weights of the 25 modes. **failed**: share of draws that became NaN or larger than 1e6.
+* **NFE**: network evaluations per draw. *default* is what `SAMPLER()` gives; *published* the paper's own setting;
+  *best* the preset that does best here.
+"""
+
+
+def overview(done: dict) -> str:
+    """The page with all tables."""
+    parts = [
+        "# Samplers against exact posteriors\n",
+        "Made by `benchmarks/exact_posteriors.py`; priors and posteriors are known in closed form, and the "
+        "samplers see nothing but the exact denoiser.\n",
+        EXPLANATION,
+    ]
+    for problem in problems():
+        if rows := rows_of(done, problem):
+            parts.append(f"## {title_of(problem)}\n\n{table(rows, problem.startswith('mixture'))}")
+    return "\n".join(parts)
+
+
+def page(name: str, done: dict) -> str:
+    """The page of one sampler: its docstrings, settings, presets and measured figures."""
+    cls = samplers.REGISTRY[name]
+    doc = ast.get_docstring(ast.parse(Path(sys.modules[cls.__module__].__file__).read_text())) or ""
+    needs = ", ".join(sorted(cls.requires)) or "nothing but the prior"
+    fields = "\n".join(f"| `{f.name}` | `{f.default!r}` |" for f in dataclasses.fields(cls))
+    presets = "\n".join(
+        f"| `{k}` | " + ", ".join(f"{a}={b!r}" for a, b in v.items()) + " |" for k, v in cls.presets.items()
+    )
+    text = (
+        f"# {name}: {cls.title}\n\n{doc}\n\nReference: {cls.reference}. Kind: {cls.kind}. "
+        f"Exactness: {cls.exactness}. Needs: {needs}.\n\n| setting | default |\n|---|---|\n{fields}\n"
+    )
+    if presets:
+        text += f"\n| preset | settings |\n|---|---|\n{presets}\n"
+    for problem in problems():
+        rows = rows_of(done, problem, name)
+        if len(rows) > 1:
+            text += f"\n## {title_of(problem)}\n\n{table(rows, problem.startswith('mixture'))}"
+    return text
+
+
+def summary(done: dict) -> str:
+    """The table of the README: each sampler once, on the 32x32 field behind a mask and on the d = 80 mixture."""
+    lines = [
+        "| sampler | kind | mean error | std ratio | on measured directions | 90 % coverage | mixture W1 | NFE |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for label, key in [("exact draws", "exact/-")] + [
+        (f"[{n}](docs/samplers/{n}.md), {s}", f"{n}/{s}") for n, settings in ROWS.items() for s in settings
+    ]:
+        row, mixture = done.get(f"{key}/mask-32"), done.get(f"{key}/mixture-80-1", {})
+        if row is None:
+            continue
+        kind = samplers.REGISTRY[key.split("/")[0]].kind if key != "exact/-" else "–"
+        cells = [cell(row, k) for k in ("mean_error", "std_ratio", "std_ratio_measured", "coverage")]
+        cells += [cell(mixture, "sliced_wasserstein"), cell(row, "nfe")]
+        lines.append(f"| {label} | {kind} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

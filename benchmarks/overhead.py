@@ -1,0 +1,87 @@
+"""What the driver and the sampler cost beyond the network: wall time over bare batched network calls.
+
+For each sampler the same problem is solved, and in between the bare network is called as often, on the same
+batch, with gradients where the sampler asks for them. Interleaved, median ratio.
+
+    python benchmarks/overhead.py [--rounds 5] [--batch 4] [--steps 10]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+
+import invdiff
+from invdiff import likelihoods, operators, priors, samplers
+from invdiff.priors.held_out import held_out_slice
+
+
+def problems() -> dict[str, invdiff.Problem]:
+    """A single-coil scan (closed-form prox) and an eight-coil scan (conjugate gradients)."""
+    image = torch.from_numpy(held_out_slice(0))[None, None]
+    ny, nx = image.shape[-2:]
+    generator = torch.Generator().manual_seed(0)
+    lines = (torch.rand(ny, 1, generator=generator) < 0.3).float().expand(ny, nx).clone()
+    lines[ny // 2 - 8 : ny // 2 + 8] = 1
+    points = (torch.rand(ny, nx, generator=generator) < 0.15).float()
+    points[ny // 2 - 12 : ny // 2 + 12, nx // 2 - 12 : nx // 2 + 12] = 1
+    y, x = torch.meshgrid(torch.linspace(-1, 1, ny), torch.linspace(-1, 1, nx), indexing="ij")
+    angles = torch.arange(8) * (2 * torch.pi / 8)
+    maps = torch.stack([torch.exp(-((y - a.sin()) ** 2) - (x - a.cos()) ** 2) * torch.exp(1j * a) for a in angles])
+    maps = (maps / maps.abs().square().sum(0).sqrt()).to(torch.complex64)
+    noise = likelihoods.Gaussian(0.01)
+    single = operators.MultiCoilMRI(lines, torch.ones(1, ny, nx, dtype=torch.complex64))
+    several = operators.MultiCoilMRI(points, maps)
+    return {
+        "1 coil, closed form": invdiff.Problem.simulate(single, noise, image),
+        "8 coils, conjugate gradients": invdiff.Problem.simulate(several, noise, image),
+    }
+
+
+def bare(prior: invdiff.Prior, shape: tuple[int, ...], calls: int, gradient: bool) -> float:
+    """Seconds for ``calls`` bare batched network calls, with backward where asked."""
+    x, sigma = torch.randn(shape), torch.full((shape[0],), 0.5)
+    start = time.perf_counter()
+    for _ in range(calls):
+        if gradient:
+            z = x.detach().requires_grad_(True)
+            d = prior.denoiser(z, sigma)
+            torch.autograd.grad(d, z, x)
+        else:
+            with torch.no_grad():
+                prior.denoiser(x, sigma)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Print one Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=10)
+    options = parser.parse_args()
+    prior = priors.load("brain-mri")
+    print("| problem | sampler | wall / bare network calls (median) | range |\n|---|---|---|---|")
+    for title, problem in problems().items():
+        canvas = prior.adapt(problem).codec.prior.shape
+        for sampler in (samplers.DDS, samplers.DiffPIR, samplers.DPS):
+            made = sampler(steps=options.steps)
+            gradient = "denoiser-vjp" in made.requires
+            ratios = []
+            for _ in range(options.rounds):
+                start = time.perf_counter()
+                out = invdiff.sample(
+                    problem, prior, made, draws=options.batch, max_batch=options.batch, progress=False
+                )
+                wall = time.perf_counter() - start
+                calls = int(out.stats["nfe"].values.ravel()[0])
+                ratios.append(wall / bare(prior, (options.batch, *canvas), calls, gradient))
+            span = f"{min(ratios):.3f} to {max(ratios):.3f}"
+            print(f"| {title} | {made.name} | {statistics.median(ratios):.3f} | {span} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

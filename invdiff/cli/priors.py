@@ -1,0 +1,103 @@
+"""``invdiff priors``: list the embedded priors, show a card, verify weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from invdiff.cli.guard import guarded
+from invdiff.cli.options import Debug, Json, print_json
+from invdiff.cli.output import console, print_facts, table
+from invdiff.errors import InvdiffError
+
+app = typer.Typer(help="List, describe and verify priors.", invoke_without_command=True)
+Name = Annotated[str, typer.Argument(help="Name of an embedded prior, or a .safetensors file with its card.")]
+
+
+@app.callback()
+@guarded
+def listing(context: typer.Context, json: Json = False, debug: Debug = False) -> None:
+    """List the priors that ship with the library."""
+    from invdiff.priors import library
+
+    if context.invoked_subcommand is not None:
+        return
+    cards = {name: library.card(name) for name in library.available()}
+    if json:
+        print_json({"priors": list(cards.values())})
+        return
+    out = table("name", "description", "licence", "channels", "sha256")
+    for name, card in cards.items():
+        channels = card.get("channels", "")
+        shown = ", ".join(map(str, channels)) if isinstance(channels, list) else str(channels)
+        out.add_row(
+            f"[bold]{name}[/bold]",
+            str(card.get("description", "")),
+            str(card.get("licence", "")),
+            shown,
+            str(card.get("sha256", ""))[:12],
+        )
+    console().print(out)
+
+
+@app.command("card")
+@guarded
+def card(name: Name, json: Json = False, debug: Debug = False) -> None:
+    """Show the card of a prior: training data, licence, hash, measured denoising error."""
+    from invdiff.priors import library
+
+    about = library.card(name)
+    if json:
+        print_json(about)
+        return
+    apart = ("recipe", "config", "self_test", "denoising_error")
+    print_facts({k.replace("_", " "): _short(v) for k, v in about.items() if k not in apart})
+    errors = about.get("denoising_error", {})
+    console().print("\nDenoising of held-out images, root mean square error per real component:", markup=False)
+    out = table("sigma", "error", right=("sigma", "error"))
+    for sigma, rmse in zip(errors.get("sigma", ()), errors.get("rmse", ())):
+        out.add_row(f"{sigma:g}", f"{rmse:.4g}")
+    console().print(out)
+
+
+@app.command("verify")
+@guarded
+def verify(name: Name, json: Json = False, debug: Debug = False) -> None:
+    """Check the weights of a prior: hash, names and shapes, and the denoising of a known image."""
+    from invdiff.priors import library
+    from invdiff.priors.learned import load_network, self_test
+
+    path = Path(library.path_of(name))
+    try:
+        network, about = load_network(path)
+        found = self_test(network, about)
+    except InvdiffError:
+        raise
+    except ValueError as error:
+        raise InvdiffError(str(error)) from error
+    if json:
+        print_json({"prior": about.get("name"), "ok": True, "sha256": about["sha256"], "self_test": found})
+        return
+    console().print(
+        f"{about.get('name')}: weights match the card (sha256 {str(about['sha256'])[:12]}...)", markup=False
+    )
+    out = table(
+        "sigma",
+        "error",
+        "on the card",
+        right=("sigma", "error", "on the card"),
+    )
+    for sigma, rmse, stated in zip(found["sigma"], found["rmse"], found["expected"]):
+        out.add_row(f"{sigma:g}", f"{rmse:.4g}", f"{stated:.4g}")
+    console().print(out)
+    console().print("The prior is as its card says.", markup=False)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{k} {_short(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return " ".join(_short(v) for v in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,164 @@
+"""The prior contract: a denoiser in the variance-exploding frame, a codec, and a card."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from invdiff.codec import Codec, Identity
+from invdiff.errors import InvdiffError
+from invdiff.operator import _move
+from invdiff.problem import Problem
+from invdiff.spaces import Space
+
+
+class Denoiser(ABC):
+    """``D(x, sigma) = E[x0 | x0 + sigma * eps = x]`` in prior coordinates, whatever the network was trained as.
+
+    Attributes:
+        space: Real prior coordinates; None where any spatial size is served (``channels`` then counts).
+        sigma_min, sigma_max: Range of noise levels where the denoiser can be trusted.
+        sigma_data: Standard deviation of one component of an image in prior units, the width that samplers
+            take for ``p(x0 | x)`` at high noise where they do not know better.
+        noise: ``"white"``, or the name of a covariance for function spaces.
+        differentiable: How many times it can be differentiated (0, 1 or 2).
+        dtype: Precision it computes in; the state of a sampler may be finer.
+    """
+
+    space: Space | None
+    channels: int
+    sigma_min: float
+    sigma_max: float
+    sigma_data: float = 1.0
+    noise: str = "white"
+    differentiable: int = 2
+    dtype: torch.dtype = torch.float32
+
+    @abstractmethod
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return ``E[x0 | x]`` for ``x`` ``(B, *shape)`` and ``sigma`` ``(B,)``."""
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
+        """Return a copy on another device or in another precision."""
+        new = copy.copy(self)
+        for key, value in self.__dict__.items():
+            new.__dict__[key] = _move(value, device, dtype)
+        if dtype is not None:
+            new.dtype = dtype
+        return new
+
+
+class FunctionDenoiser(Denoiser):
+    """A plain function ``f(x, sigma)`` as a denoiser."""
+
+    def __init__(
+        self, function: Callable[[Tensor, Tensor], Tensor], space: Space, sigma_min: float, sigma_max: float
+    ) -> None:
+        self.function, self.space, self.channels = function, space, space.shape[0]
+        self.sigma_min, self.sigma_max, self.dtype = sigma_min, sigma_max, space.dtype
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return ``f(x, sigma)``."""
+        return self.function(x, sigma)
+
+
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """Denoiser + codec + card.
+
+    Args:
+        denoiser: ``D(x, sigma)`` in prior coordinates.
+        codec: Image space against prior coordinates; None where it is made to fit each problem.
+        card: Licence, training data, sha256, measured denoising error.
+        make_codec: ``(image space, scale) -> Codec`` for priors that serve any image size.
+        scale: Image units per prior unit for ``make_codec``; None estimates it from the data.
+    """
+
+    denoiser: Denoiser
+    codec: Codec | None = None
+    card: Mapping[str, Any] = field(default_factory=dict)
+    make_codec: Callable[[Space, Tensor], Codec] | None = None
+    scale: float | Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        """Name on the card."""
+        return str(self.card.get("name", type(self.denoiser).__name__))
+
+    def with_scale(self, scale: float | Tensor | None) -> Prior:
+        """Return a prior that takes ``scale`` image units for one prior unit (None: estimate from data)."""
+        return replace(self, scale=scale)
+
+    def bind(self, image: Space, scale: float | Tensor = 1.0) -> Prior:
+        """Return the prior with a codec for images of space ``image``.
+
+        Raises:
+            InvdiffError: If channels or shape do not fit.
+        """
+        if self.codec is not None:
+            if self.codec.image.shape != image.shape or self.codec.image.is_complex != image.is_complex:
+                raise InvdiffError(
+                    f"Prior {self.name} makes images {self.codec.image}, and the problem asks for {image}; "
+                    "choose a prior for that space."
+                )
+            return self
+        if self.make_codec is not None:
+            return replace(self, codec=self.make_codec(image, torch.as_tensor(scale)))
+        own = self.denoiser.space
+        if own is None or own.shape != image.shape or image.is_complex:
+            raise InvdiffError(
+                f"Prior {self.name} lives on {own or f'{self.denoiser.channels} channel(s)'}, "
+                f"and the problem's images are {image}; choose a prior (or give it a codec) for that space."
+            )
+        return replace(self, codec=Identity(image))
+
+    def adapt(self, problem: Problem) -> Prior:
+        """Return the prior bound to the images of ``problem``, with the scale given or estimated from data."""
+        if self.codec is not None:
+            return self.bind(problem.operator.domain)
+        scale = self.scale
+        if scale is None and self.make_codec is not None:
+            from invdiff.scaling import estimate_scale
+
+            scale = estimate_scale(problem)
+        return self.bind(problem.operator.domain, 1.0 if scale is None else scale)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Prior:
+        """Return a copy on another device or in another precision."""
+        codec = None if self.codec is None else self.codec.to(device, dtype)
+        return replace(self, denoiser=self.denoiser.to(device, dtype), codec=codec)
+
+    def sample(self, draws: int = 1, seed: int = 0, **options: Any) -> Any:
+        """Draw images from the prior itself; see `invdiff.sample`."""
+        from invdiff.driver import sample
+
+        return sample(None, self, draws=draws, seed=seed, **options)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what provenance records: identity, hash, codec."""
+        return {
+            "id": self.name,
+            "sha256": self.card.get("sha256", ""),
+            "licence": self.card.get("licence", ""),
+            "codec": None if self.codec is None else self.codec.describe(),
+        }
+
+    def _repr_html_(self) -> str:
+        from invdiff.html import prior_html
+
+        return prior_html(self)
+
+    def __repr__(self) -> str:
+        space = self.denoiser.space or f"{self.denoiser.channels} channel(s), any size"
+        lines = [f"Prior {self.name}", f"  coordinates  {space}"]
+        lines.append(f"  sigma        {self.denoiser.sigma_min:g} to {self.denoiser.sigma_max:g}")
+        for key in ("licence", "training", "sha256"):
+            if key in self.card:
+                lines.append(f"  {key:<12} {str(self.card[key])[:80]}")
+        return "\n".join(lines)

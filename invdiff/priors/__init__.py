@@ -1,0 +1,34 @@
+"""Priors: exact ones in closed form, and the library of learned ones. Names load on first use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from invdiff.priors.gaussian import Gaussian as Gaussian
+    from invdiff.priors.gaussian import StationaryGaussian as StationaryGaussian
+    from invdiff.priors.gaussian import power_law_spectrum as power_law_spectrum
+    from invdiff.priors.mixture import GaussianMixture as GaussianMixture
+
+_HOME = {
+    "Gaussian": "gaussian",
+    "StationaryGaussian": "gaussian",
+    "power_law_spectrum": "gaussian",
+    "GaussianMixture": "mixture",
+    "load": "library",
+    "available": "library",
+    "card": "library",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module on first use."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

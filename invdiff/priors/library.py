@@ -1,0 +1,145 @@
+"""Priors by name: embedded ones, and safetensors files of the embedded format.
+
+A learned prior serves images of any size: its codec is made for each problem (scale, complex against channels,
+padding to the network's multiple).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from invdiff.codec import Codec, ComplexChannels, Pad, Scale
+from invdiff.errors import InvdiffError
+from invdiff.prior import Denoiser, Prior
+from invdiff.spaces import Space
+
+_FOLDER = Path(__file__).resolve().parent
+_EMBEDDED = {"brain-mri": "brain_mri.safetensors"}
+
+
+class NetworkDenoiser(Denoiser):
+    """A network that already is ``D(x, sigma)`` in the variance-exploding frame, for any spatial size.
+
+    Args:
+        network: Module ``(x, sigma) -> D`` with attribute ``multiple``.
+        card: Card with ``sigma_min``, ``sigma_max`` and ``channels``.
+    """
+
+    space = None
+
+    def __init__(self, network: torch.nn.Module, card: Mapping[str, Any]) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.sigma_min, self.sigma_max = float(card["sigma_min"]), float(card["sigma_max"])
+        self.sigma_data = float(card.get("sigma_data", getattr(network, "sigma_data", 1.0)))
+        self.channels = len(card["channels"])
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return ``D(x, sigma)``, ``(B, C, H, W)``."""
+        return self.network(x, sigma)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> NetworkDenoiser:
+        """Return a denoiser on another device or in another precision (weights are copied only if they move)."""
+        parameter = next(self.network.parameters())
+        target = torch.device(device) if device is not None else parameter.device
+        if target == parameter.device and dtype in (None, parameter.dtype):
+            return self
+        import copy
+
+        new = copy.copy(self)
+        new.network = copy.deepcopy(self.network).to(device=target, dtype=dtype)
+        new.dtype = dtype or self.dtype
+        return new
+
+
+def real_codec(image: Space, scale: Tensor, multiple: int, channels: int) -> Codec:
+    """Codec of a prior for real images ``(channels, y, x)`` of any size."""
+    if image.is_complex or len(image.shape) != 3 or image.shape[0] != channels:
+        raise InvdiffError(
+            f"This prior has {channels} real channel(s), and the problem's images are {image}; "
+            "choose a prior that fits."
+        )
+    units = Scale(image, scale)
+    return units @ Pad(units.prior, multiple)
+
+
+def complex_codec(image: Space, scale: Tensor, multiple: int, channels: int = 2) -> Codec:
+    """Codec of a two-channel prior for complex (or real) images ``(1, y, x)`` of any size."""
+    if image.shape[0] != 1 or len(image.shape) != 3:
+        raise InvdiffError(
+            f"This prior has two channels (real and imaginary part of one image (1, y, x)), and the problem's "
+            f"images are {image}; choose a prior with {image.shape[0]} channel(s)."
+        )
+    units = Scale(image, scale)
+    parts = ComplexChannels(units.prior)
+    return units @ parts @ Pad(parts.prior, multiple)
+
+
+def available() -> list[str]:
+    """Names of the embedded priors."""
+    return [name for name, file in _EMBEDDED.items() if (_FOLDER / file).exists()]
+
+
+def path_of(name: str | Path) -> Path:
+    """Return the weights file of an embedded prior, or the path itself.
+
+    Raises:
+        InvdiffError: If there is no such prior or file.
+    """
+    if str(name) in _EMBEDDED:
+        return _FOLDER / _EMBEDDED[str(name)]
+    path = Path(name)
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise InvdiffError(f"There is no prior file {path}; check the path.")
+        return path
+    near = difflib.get_close_matches(str(name), list(_EMBEDDED), n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_EMBEDDED)}, or a .safetensors file."
+    raise InvdiffError(f"Unknown prior {str(name)!r}; {hint}")
+
+
+def card(name: str | Path) -> dict[str, Any]:
+    """Return the card of a prior: data, training, licence, sha256, measured denoising error."""
+    path = path_of(name).with_suffix(".json")
+    if not path.is_file():
+        raise InvdiffError(f"Prior {name} has no card; expected {path.name} beside the weights.")
+    return json.loads(path.read_text())
+
+
+def load(name: str | Path) -> Prior:
+    """Load a prior by name (``"brain-mri"``) or from a ``.safetensors`` file with its card beside it.
+
+    The load is strict (keys, shapes, sha256), executes nothing from the file, and is followed by a self-test.
+
+    Raises:
+        InvdiffError: If the file is not what its card says.
+    """
+    return _load(str(path_of(name)))
+
+
+@lru_cache(maxsize=8)
+def _load(path: str) -> Prior:
+    from invdiff.priors.learned import load_network
+
+    try:
+        network, about = load_network(Path(path))
+    except InvdiffError:
+        raise
+    except ValueError as error:
+        raise InvdiffError(str(error)) from error
+    embedded = {str(_FOLDER / file): name for name, file in _EMBEDDED.items()}
+    about = {**about, "name": embedded.get(path, about.get("name", Path(path).stem))}
+    multiple, channels = int(network.multiple), len(about["channels"])
+    make = complex_codec if channels == 2 else real_codec
+    return Prior(
+        NetworkDenoiser(network, about),
+        card=about,
+        make_codec=lambda image, scale: make(image, scale, multiple, channels),
+    )

@@ -1,0 +1,52 @@
+"""Grids of noise levels: decreasing, ``n + 1`` values, the last of them 0. Functions, not objects."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from invdiff.errors import InvdiffError
+
+
+def edm(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
+    """Polynomial grid ``(smax^(1/rho) + i/(n-1) (smin^(1/rho) - smax^(1/rho)))^rho``, then 0.
+
+    Source: Karras et al., "Elucidating the design space of diffusion-based generative models", 2022.
+    """
+    _check(n, sigma_min, sigma_max)
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64) if n > 1 else torch.zeros(1, dtype=torch.float64)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)])
+
+
+def geometric(n: int, sigma_min: float, sigma_max: float) -> Tensor:
+    """Geometric grid (equal steps in log sigma), then 0."""
+    _check(n, sigma_min, sigma_max)
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64) if n > 1 else torch.zeros(1, dtype=torch.float64)
+    grid = sigma_max * (sigma_min / sigma_max) ** ramp
+    return torch.cat([grid, torch.zeros(1, dtype=torch.float64)])
+
+
+def vp_linear(n: int, sigma_min: float, sigma_max: float, quadratic: bool = False) -> Tensor:
+    """The DDPM chain (beta from 1e-4 to 0.02 in 1000 steps) respaced to ``n`` levels, then 0.
+
+    ``sigma = sqrt((1 - abar) / abar)``, clipped to the given range; ``quadratic`` is dense at low noise.
+    """
+    _check(n, sigma_min, sigma_max)
+    abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    table = ((1 - abar) / abar).sqrt().log()
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
+    position = (ramp**2 if quadratic else ramp) * 999
+    lower = position.floor().long().clamp(max=998)
+    log_sigma = table[lower] + (position - lower) * (table[lower + 1] - table[lower])
+    grid = log_sigma.exp().flip(0).clamp(sigma_min, sigma_max)
+    keep = torch.cat([torch.ones(1, dtype=torch.bool), grid[1:] < grid[:-1]])
+    return torch.cat([grid[keep], torch.zeros(1, dtype=torch.float64)])
+
+
+def _check(n: int, sigma_min: float, sigma_max: float) -> None:
+    if n < 1 or not 0 < sigma_min <= sigma_max:
+        raise InvdiffError(
+            f"A noise schedule needs steps >= 1 and 0 < sigma_min <= sigma_max, "
+            f"got steps {n}, sigma_min {sigma_min:g}, sigma_max {sigma_max:g}."
+        )

@@ -1,0 +1,62 @@
+"""Forward operators: pure, batched maps between spaces, imported by name on first use.
+
+====================  ===========================================================================
+``Identity``          ``x -> x``
+``Matrix``            dense matrix on flattened elements, shared or one per case
+``Mask``              inpainting: zeros where nothing was sampled
+``SubsampledFourier`` centred orthonormal FFT over (y, x), then a k-space mask
+``MultiCoilMRI``      Cartesian parallel MRI: coil maps, centred FFT, k-space mask
+``Blur``              circular convolution with a kernel
+``GaussianBlur``      circular convolution with a periodised Gaussian
+``compose``, ``stack``  the algebra, besides ``@``, ``+``, ``-``, ``*`` and ``.H``
+====================  ===========================================================================
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from invdiff.operator import compose, stack
+    from invdiff.operators.basic import Identity, Matrix
+    from invdiff.operators.blur import Blur, GaussianBlur
+    from invdiff.operators.fourier import SubsampledFourier
+    from invdiff.operators.mask import Mask
+    from invdiff.operators.mri import MultiCoilMRI
+
+_HOMES = {
+    "Blur": "invdiff.operators.blur",
+    "GaussianBlur": "invdiff.operators.blur",
+    "Identity": "invdiff.operators.basic",
+    "Mask": "invdiff.operators.mask",
+    "Matrix": "invdiff.operators.basic",
+    "MultiCoilMRI": "invdiff.operators.mri",
+    "SubsampledFourier": "invdiff.operators.fourier",
+    "compose": "invdiff.operator",
+    "stack": "invdiff.operator",
+}
+
+__all__ = [
+    "Blur",
+    "GaussianBlur",
+    "Identity",
+    "Mask",
+    "Matrix",
+    "MultiCoilMRI",
+    "SubsampledFourier",
+    "compose",
+    "stack",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names without importing them."""
+    return sorted(__all__)

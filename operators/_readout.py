@@ -1,0 +1,91 @@
+"""Exact prox of Cartesian MRI with a fully sampled readout: one small Hermitian matrix per readout position.
+
+With a mask ``m(k)`` that does not depend on the frequency along the readout, the FFT along the readout
+cancels in ``A^H A``. What is left at readout position ``r`` couples only the other axis:
+``N_r[i, j] = C[i, j] sum_c conj(S_c[i, r]) S_c[j, r]`` with the circulant ``C = F^H diag(m) F``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from invdiff.operators._spectral import cut_small, over
+from invdiff.spaces import per_row
+
+
+@dataclass(frozen=True)
+class ReadoutBlocks:
+    """Eigendecompositions ``N_r = V diag(values) V^H`` of all cases.
+
+    Args:
+        values: ``(N, readout, n)``, zero where below rounding.
+        vectors: ``(N, readout, n, n)``, eigenvectors in columns.
+        index: Case of every row, or None where row and case agree (or all share one).
+        axis: Readout axis of the image, -1 or -2.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    index: Tensor | None
+    axis: int
+
+    @staticmethod
+    def factor(mask: Tensor, coil_maps: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """Factor masks ``(1 or N, 1, ky, kx)`` with maps ``(1 or N, coil, y, x)``; return values and vectors."""
+        if axis == -2:
+            mask, coil_maps = mask.mT, coil_maps.mT
+        line = torch.fft.ifftshift(mask[:, 0, :, 0], -1)  # (1 or N, n)
+        n = line.shape[-1]
+        index = torch.arange(n, device=mask.device)
+        circulant = torch.fft.ifft(line.to(coil_maps.dtype))[:, (index[:, None] - index) % n]
+        maps = coil_maps.permute(0, 3, 1, 2)  # (1 or N, readout, coil, n)
+        values, vectors = torch.linalg.eigh((maps.mH @ maps) * circulant[:, None])
+        # Rounding leaves +-eps where the mask leaves a null space; those directions must keep z exactly.
+        return cut_small(values, n), vectors
+
+    def prox(self, z: Tensor, back: Tensor, rho: Tensor) -> Tensor:
+        """Return ``z + V (V^H A^H y - values V^H z) / (values + rho)`` for ``back = A^H y``."""
+        c, values = self._analyse(back), self._of_rows(self.values)
+        c = c - values * self._analyse(z)
+        return z + self._synthesise(over(torch.ones_like(values), values + per_row(rho, c), values > 0) * c)
+
+    def conditional(self, z: Tensor, back: Tensor, sigma: Tensor, tau: Tensor, noise: Tensor) -> Tensor:
+        """Return the prox at ``rho = sigma^2 / tau^2`` plus ``V (values/sigma^2 + 1/tau^2)^(-1/2) V^H noise``."""
+        c, values = self._analyse(noise), self._of_rows(self.values)
+        rho = (torch.as_tensor(sigma) / torch.as_tensor(tau)) ** 2
+        sigma, tau = per_row(sigma, c), per_row(tau, c)
+        seen = values > 0
+        width = torch.where(seen, over(sigma * tau, (values * tau**2 + sigma**2).sqrt(), seen), tau)
+        return self.prox(z, back, rho) + self._synthesise(width * c)
+
+    def _of_rows(self, values: Tensor) -> Tensor:
+        return values if self.index is None or values.shape[0] == 1 else values[self.index.to(values.device)]
+
+    def _analyse(self, x: Tensor) -> Tensor:
+        """Return ``V^H x``, ``(B, 1, y, x) -> (B, readout, n)``."""
+        lines = x[:, 0] if self.axis == -2 else x[:, 0].mT
+        return self._rotate(lines, adjoint=True)
+
+    def _synthesise(self, c: Tensor) -> Tensor:
+        """Return ``V c``, ``(B, readout, n) -> (B, 1, y, x)``."""
+        lines = self._rotate(c, adjoint=False)
+        return (lines if self.axis == -2 else lines.mT)[:, None]
+
+    def _rotate(self, lines: Tensor, adjoint: bool) -> Tensor:
+        """Multiply by ``V`` or ``V^H``, case by case, so that draws of one case share its factors."""
+        if self.vectors.shape[0] == 1:
+            return _apply(self.vectors[0], lines, adjoint)
+        cases = torch.arange(lines.shape[0]) if self.index is None else self.index
+        order = cases.argsort(stable=True)
+        groups = [order[cases[order] == case].to(lines.device) for case in cases.unique().tolist()]
+        parts = [_apply(self.vectors[int(cases[rows[0]])], lines[rows], adjoint) for rows in groups]
+        return torch.cat(parts)[order.argsort().to(lines.device)] if parts else lines
+
+
+def _apply(vectors: Tensor, lines: Tensor, adjoint: bool) -> Tensor:
+    """Multiply ``(B, readout, n)`` by ``V_r`` ``(readout, n, n)`` with the rows as columns of one product."""
+    columns = lines.permute(1, 2, 0)
+    return ((vectors.mH if adjoint else vectors) @ columns).permute(2, 0, 1)

@@ -1,0 +1,48 @@
+"""What all tests share: a guard on torch's global state, and the folder of real measurements."""
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+# Third-party packages that warn when they are imported are imported here once, quietly; everything that
+# happens afterwards is held to "warnings are errors".
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import deepinv  # noqa: F401
+    import sigpy
+    import sigpy.mri  # noqa: F401
+
+
+def _global_state():
+    return (
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.random.get_rng_state().sum().item(),
+        np.random.get_state()[1].sum(),  # noqa: NPY002 (the global state is what is guarded)
+    )
+
+
+@pytest.fixture(autouse=True)
+def _guard_global_state(request):
+    """Fail any test after which a global switch or a global random state has changed."""
+    before = _global_state()
+    yield
+    if "touches_global_rng" not in request.keywords:
+        assert _global_state() == before, "the code under test changed global torch or numpy state"
+
+
+@pytest.fixture(scope="session")
+def measurements() -> Path:
+    """Folder of real measurements; tests that need it skip, saying so, where it is absent."""
+    root = Path(__file__).resolve().parents[1]
+    folder = Path(os.environ.get("INVDIFF_DATA", root.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("real measurements are not here; set INVDIFF_DATA to their folder")
+    return folder
