@@ -151,7 +151,8 @@ def _all_draws(run: Run) -> np.ndarray:
 
 def _layout_of(tree: xr.DataTree) -> Layout:
     dataset = tree.children["posterior"].to_dataset(inherit=False)
-    names = tuple(str(n) for n in dataset.data_vars)
+    # A store lists its arrays in any order (Zarr: that of the folder), so the order comes from the names.
+    names = ("x_re", "x_im") if "x_re" in dataset else tuple(str(n) for n in dataset.data_vars)
     first = dataset[names[0]]
     return Layout(
         names=names,

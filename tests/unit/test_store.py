@@ -49,6 +49,19 @@ def test_streaming_equals_memory_and_round_trips(tmp_path, space, suffix):
             same(q.tree, memory)
 
 
+def test_order_of_a_listing_does_not_swap_real_and_imaginary_parts(tmp_path):
+    run = make_run(COMPLEX, draws=3)
+    memory = build_tree(run)
+    posterior = memory["posterior"].to_dataset()
+    listed = xr.DataTree.from_dict(
+        {"/": memory.to_dataset(), **{k: v.to_dataset() for k, v in memory.children.items()}}
+        | {"posterior": posterior[["x_im", "x_re"]]}
+    )
+    path = store.write_tree(listed, run.draws, tmp_path / "a.nc")
+    with open_posterior(path) as p:
+        same(p.tree, memory)
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_cases_points_and_ensembles(tmp_path, suffix):
     for i, run in enumerate(
