@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,9 +46,12 @@ class Streams:
     def __init__(self, seed: int, keys: Sequence[tuple[int, int]]) -> None:
         self.seed = seed
         self.keys = tuple((int(c), int(d)) for c, d in keys)
-        self._philox_keys = [self._key(*k) for k in self.keys]
         cases = sorted({c for c, _ in self.keys})
-        self._case_keys = {c: self._key(c, _ENSEMBLE, 1) for c in cases}
+        keyed = [self._key(*k) for k in self.keys] + [self._key(c, _ENSEMBLE, 1) for c in cases]
+        self._philox = [(np.random.Philox(key=key), _start(key)) for key in keyed]
+        generators = [np.random.Generator(philox) for philox, _ in self._philox]
+        self._generators = generators[: len(self.keys)]
+        self._case_generators = dict(zip(cases, generators[len(self.keys) :]))
         self.at(INIT)
 
     def _key(self, *spawn: int) -> np.ndarray:
@@ -57,12 +61,9 @@ class Streams:
     def at(self, step: int) -> Streams:
         """Move every row to the beginning of the block of ``step`` and return self."""
         counter = np.array([0, 0, 0, step - INIT], dtype=np.uint64)
-        self._generators = [
-            np.random.Generator(np.random.Philox(key=k, counter=counter)) for k in self._philox_keys
-        ]
-        self._case_generators = {
-            c: np.random.Generator(np.random.Philox(key=k, counter=counter)) for c, k in self._case_keys.items()
-        }
+        for philox, start in self._philox:  # setting the state is seven times cheaper than a new generator
+            start["state"]["counter"] = counter
+            philox.state = start
         return self
 
     def normal(self, like: Tensor) -> Tensor:
@@ -99,3 +100,15 @@ class Streams:
     def _check(self, like: Tensor) -> None:
         if like.shape[0] != len(self.keys):
             raise InvdiffError(f"Random numbers for {like.shape[0]} rows asked of {len(self.keys)} streams.")
+
+
+def _start(key: np.ndarray) -> dict[str, Any]:
+    """State of a fresh Philox generator with an empty buffer."""
+    return {
+        "bit_generator": "Philox",
+        "state": {"counter": np.zeros(4, np.uint64), "key": key},
+        "buffer": np.zeros(4, np.uint64),
+        "buffer_pos": 4,
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
