@@ -63,7 +63,7 @@ class DAPS(Sampler):
         "gaussian-deblur-hmc": {**_published, "inner": "hmc", "moves": 82, "step_size": 4e-5, "momentum": 0.1},
         "inpainting-hmc": {**_published, "inner": "hmc", "moves": 11, "step_size": 3.6e-5, "momentum": 0.8},
         "published": {**_published, "step_size": 1e-4},
-        "exact": {
+        "tuned": {
             "steps": 200,
             "ode_steps": 1,
             "inner": "exact",

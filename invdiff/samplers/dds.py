@@ -52,7 +52,7 @@ class DDS(Sampler):
             "cg_iterations": 5,
             "order": 1,
         },
-        "exact": {
+        "tuned": {
             "steps": 200,
             "eta": 1.0,
             "order": 2,

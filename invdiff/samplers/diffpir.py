@@ -37,7 +37,7 @@ class DiffPIR(Sampler):
     requires: ClassVar[frozenset[str]] = frozenset({"linear", "quadratic"})
     presets: ClassVar = {
         "published": {"lam": 7.0 / 4, "zeta": 0.3, "schedule": "vp-quadratic"},
-        "exact": {"steps": 200, "zeta": 0.9, "order": 2, "schedule": "geometric", "sigma_min": 0.01},
+        "tuned": {"steps": 200, "zeta": 0.9, "order": 2, "schedule": "geometric", "sigma_min": 0.01},
         "deblur": {"lam": 7.0 / 4, "zeta": 0.3, "schedule": "vp-quadratic"},
         "super-resolution": {"lam": 6.0 / 4, "zeta": 0.25, "schedule": "vp-quadratic"},
         "inpainting": {"lam": 1.0 / 4, "zeta": 1.0, "steps": 20, "schedule": "vp-quadratic"},

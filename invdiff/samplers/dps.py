@@ -43,7 +43,7 @@ class DPS(Sampler):
     requires: ClassVar[frozenset[str]] = frozenset({"vjp", "denoiser-vjp"})
     presets: ClassVar = {
         "published": {"zeta": 0.3, "order": 1},
-        "exact": {"zeta": 0.1, "order": 2},
+        "tuned": {"zeta": 0.1, "order": 2},
         "super-resolution": {"zeta": 0.3, "order": 1},
         "gaussian-deblur": {"zeta": 0.3, "order": 1},
         "motion-deblur": {"zeta": 0.3, "order": 1},

@@ -49,7 +49,7 @@ class REDdiff(Sampler):
     requires: ClassVar[frozenset[str]] = frozenset({"vjp"})
     presets: ClassVar = {
         "published": {"lam": 0.25, "lr": 0.1},
-        "strong": {"lam": 1.0, "lr": 0.1, "steps": 500},
+        "tuned": {"lam": 1.0, "lr": 0.1},
         "likelihood": {"lam": 1.0, "lr": 0.05, "steps": 500, "weighting": "square", "balance": "likelihood"},
         "gaussian-deblur": {"lam": 0.25, "lr": 0.5},
         "inpainting": {"lam": 0.25, "lr": 0.25},

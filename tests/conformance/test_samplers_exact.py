@@ -67,15 +67,19 @@ def test_tweedie_covariance_at_full_size(operator, size):
     assert 0.98 <= figures["std_ratio"] <= 1.02 and 0.89 <= figures["coverage"] <= 0.91
 
 
-# Heuristic samplers: regression bounds a little wider than what they reach at their best preset, so that a
-# change for the worse is seen. Columns: mean error at most, std ratio between, on measured directions between.
+# Heuristic samplers: regression bounds a little wider than what they reach, so that a change for the worse is seen;
+# DPS really is twenty times too narrow on measured directions of this field, and a change of that must be seen too.
+# Columns: mean error at most, std ratio between, on measured directions between.
 HEURISTIC = [
-    ("dds", "exact", "mask", 0.30, (0.90, 1.25), (0.80, 1.15)),
-    ("dds", "exact", "blur", 0.30, (0.85, 1.25), (0.80, 1.20)),
-    ("diffpir", "exact", "mask", 0.40, (0.90, 1.30), (0.80, 1.20)),
+    ("dds", "tuned", "mask", 0.30, (0.90, 1.25), (0.80, 1.15)),
+    ("dds", "tuned", "blur", 0.30, (0.85, 1.25), (0.80, 1.20)),
+    ("diffpir", "tuned", "mask", 0.40, (0.90, 1.30), (0.80, 1.20)),
+    ("pigdm", None, "mask", 0.25, (0.88, 1.05), (0.85, 1.05)),
+    ("pigdm", None, "fourier", 0.20, (0.90, 1.05), (0.85, 1.05)),
+    ("pigdm", None, "blur", 0.25, (0.90, 1.05), (0.85, 1.05)),
     ("pigdm", "published", "mask", 0.45, (0.6, 1.1), (0.6, 1.1)),
-    ("dps", "exact", "mask", 0.75, (0.45, 0.9), (0.0, 0.9)),
-    ("daps", "exact", "mask", 0.40, (0.9, 1.7), (0.8, 1.4)),
+    ("dps", "tuned", "mask", 0.60, (0.55, 0.70), (0.03, 0.08)),
+    ("daps", "tuned", "mask", 0.40, (0.9, 1.7), (0.8, 1.4)),
 ]
 
 
@@ -135,5 +139,5 @@ def test_unconditional_draws_have_the_right_mode_weights():
 
 
 def test_a_point_estimate_is_near_the_posterior_mean():
-    figures = grade("mask", samplers.get("reddiff", preset="strong"))
+    figures = grade("mask", samplers.get("reddiff", preset="tuned"))
     assert figures["mean_error"] < 0.6
