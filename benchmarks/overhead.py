@@ -2,8 +2,8 @@
 
 For each sampler the same problem is solved, and in between the bare network is called as often, on the same
 batch, with gradients where the sampler asks for them, and the bare operator as often as the sampler needed it.
-Interleaved, after one round that does not count; medians. The first ratio is wall time over network calls; the second
-has the operator's own time in the denominator too, so that what is left is driver and sampler.
+Interleaved, after one round that does not count; medians. The first ratio is wall time over network calls; the
+second has the operator's own time in the denominator too, so that what is left is driver and sampler.
 
     python benchmarks/overhead.py [--rounds 5] [--batch 4] [--steps 20]
 """
@@ -76,7 +76,7 @@ def main() -> None:
     options = parser.parse_args()
     prior = priors.load("brain-mri")
     print(
-        "| problem | sampler | wall / network (median, range) | wall / (network + operator) |\n|---|---|---|---|"
+        "| problem | sampler | wall / network (median, range) | / (network + operator) |\n|---|---|---|---|"
     )
     for title, problem in problems().items():
         canvas = prior.adapt(problem).codec.prior.shape
