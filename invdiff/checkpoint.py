@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,17 @@ def config_hash(config: dict[str, Any]) -> str:
     """SHA-256 of a configuration in canonical JSON."""
     text = json.dumps(config, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class InProgress:
+    """Rows ``[first, first + count)`` as they were before step ``k``, with the counters so far."""
+
+    first: int
+    count: int
+    k: int
+    state: dict[str, Tensor]
+    extra: dict[str, float]
 
 
 class Checkpoint:
@@ -88,15 +100,13 @@ class Checkpoint:
         (self.folder / "state.safetensors").unlink(missing_ok=True)
         return path
 
-    def save_state(
-        self, first: int, count: int, k: int, state: dict[str, Tensor], extra: dict[str, float]
-    ) -> None:
-        """Store the state of rows ``[first, first + count)`` as it is before step ``k``."""
-        meta = {"first": str(first), "count": str(count), "k": str(k), "extra": json.dumps(extra)}
-        _save(self.folder / "state.safetensors", state, meta)
+    def save_state(self, chunk: InProgress) -> None:
+        """Store the chunk in progress, replacing what was there."""
+        meta = {"first": str(chunk.first), "count": str(chunk.count), "k": str(chunk.k)}
+        _save(self.folder / "state.safetensors", chunk.state, {**meta, "extra": json.dumps(chunk.extra)})
 
-    def load_state(self) -> tuple[int, int, int, dict[str, Tensor], dict[str, float]] | None:
-        """Return ``(first, count, k, state, extra)`` of the chunk in progress, if there is one."""
+    def load_state(self) -> InProgress | None:
+        """Return the chunk in progress, if there is one."""
         from safetensors import safe_open
 
         path = self.folder / "state.safetensors"
@@ -105,7 +115,8 @@ class Checkpoint:
         with safe_open(str(path), framework="pt") as f:
             meta = f.metadata()
             state = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (not a mapping)
-        return int(meta["first"]), int(meta["count"]), int(meta["k"]), state, json.loads(meta["extra"])
+        first, count, k = (int(meta[key]) for key in ("first", "count", "k"))
+        return InProgress(first, count, k, state, json.loads(meta["extra"]))
 
     def remove(self) -> None:
         """Delete the folder."""

@@ -54,6 +54,7 @@ def test_relative_imports_are_not_used():
 
 
 CONTRACTS = ("errors", "spaces", "operator", "likelihood", "codec", "problem", "prior", "rng", "schedule")
+DRIVER = ("driver", "plan", "loop", "finish")
 
 
 @pytest.mark.parametrize(
@@ -61,12 +62,11 @@ CONTRACTS = ("errors", "spaces", "operator", "likelihood", "codec", "problem", "
     [
         (
             "invdiff.operators",
-            ("samplers", "sampler", "priors", "prior", "problems", "driver", "cli", "posterior"),
+            ("samplers", "sampler", "priors", "prior", "problems", "cli", "posterior", *DRIVER),
         ),
-        ("invdiff.samplers", ("samplers", "driver", "cli", "posterior", "operators", "priors", "problems", "io")),
-        (
-            "invdiff.primitives",
-            ("samplers", "driver", "cli", "posterior", "operators", "priors", "problems", "io"),
+        *(
+            (part, ("samplers", "cli", "posterior", "operators", "priors", "problems", "io", *DRIVER))
+            for part in ("invdiff.samplers", "invdiff.primitives")
         ),
         *(
             (f"invdiff.{c}", ("samplers", "operators", "priors", "problems", "cli", "posterior"))
