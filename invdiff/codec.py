@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from invdiff.errors import InvdiffError
-from invdiff.operator import LinearOperator, Operator, take_rows
-from invdiff.spaces import Space
+from invdiff.operator import SVD, LinearOperator, Operator, take_rows
+from invdiff.spaces import Space, per_row
 
 
 class Codec(ABC):
@@ -396,7 +396,7 @@ class Pulled(LinearOperator):
     @property
     def capabilities(self) -> frozenset[str]:
         """What survives the change of coordinates."""
-        return self.operator.capabilities & {"linear", "vjp", "normal", "prox"}
+        return self.operator.capabilities & {"linear", "vjp", "normal", "prox", "svd", "pinv"}
 
     def _down(self, u: Tensor) -> Tensor:
         return self.codec.linear(u.to(self.domain.dtype))
@@ -416,7 +416,33 @@ class Pulled(LinearOperator):
         x = self._down(z)
         gain2 = (self.codec.gain**2).to(rho)
         step = self.codec.linear_adjoint(self.operator.prox(x, y, rho / gain2) - x)
-        return z + step / gain2.reshape(gain2.shape + (1,) * (z.ndim - 1) if gain2.ndim else ()).to(step.dtype)
+        return z + step / self._gain(step) ** 2
+
+    def pinv(self, y: Tensor) -> Tensor:
+        """Return ``(A L)^+ y = L^H A^+ y / c^2``."""
+        back = self.codec.linear_adjoint(self.operator.pinv(y))
+        return back / self._gain(back) ** 2
+
+    def svd(self) -> SVD:
+        """Return ``A L = U diag(c s) (V^H L / c)``.
+
+        Where the codec pads or restricts, ``v vh`` is the projection on what the data could see, not the
+        identity: write updates as ``x + v(f(s) * ...)`` with ``f`` zero where ``s`` is.
+        """
+        d = self.operator.svd()
+
+        def vh(x: Tensor) -> Tensor:
+            c = d.vh(self._down(x))
+            return c / self._gain(c)
+
+        def v(c: Tensor) -> Tensor:
+            x = self.codec.linear_adjoint(d.v(c))
+            return x / self._gain(x)
+
+        return SVD(s=d.s * self._gain(d.s), vh=vh, v=v, uh=d.uh, u=d.u)
+
+    def _gain(self, like: Tensor) -> Tensor:
+        return per_row(self.codec.gain.to(like.device), like)
 
     def rows(self, index: Tensor) -> LinearOperator:
         """Pick the parameters of the given cases."""

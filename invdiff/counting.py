@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from invdiff.operator import LinearOperator, Operator
+from invdiff.operator import SVD, LinearOperator, Operator
 from invdiff.prior import Denoiser
 from invdiff.problem import Problem
 
@@ -103,6 +103,21 @@ class _CountedLinear(_Counted, LinearOperator):
         """Apply the normal operator, two evaluations."""
         self.counts.noe += 2
         return self.base.normal(x)
+
+    def pinv(self, y: Tensor) -> Tensor:
+        """Apply the pseudo-inverse, one evaluation."""
+        self.counts.noe += 1
+        return self.base.pinv(y)
+
+    def svd(self) -> SVD:
+        """Return the decomposition; ``vh`` and ``v`` cost half an operator each and count together as one."""
+        d = self.base.svd()
+
+        def vh(x: Tensor) -> Tensor:
+            self.counts.noe += 1
+            return d.vh(x)
+
+        return replace(d, vh=vh)
 
     def prox(self, z: Tensor, y: Tensor, rho: Tensor) -> Tensor:
         """Apply the closed-form prox, two evaluations."""

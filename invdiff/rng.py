@@ -102,7 +102,7 @@ class Streams:
             raise InvdiffError(f"Random numbers for {like.shape[0]} rows asked of {len(self.keys)} streams.")
 
 
-def _start(key: np.ndarray) -> dict[str, Any]:
+def _start(key: np.ndarray) -> Any:
     """State of a fresh Philox generator with an empty buffer."""
     return {
         "bit_generator": "Philox",

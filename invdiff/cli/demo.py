@@ -49,7 +49,7 @@ def demo(
     sampler: SamplerName = "dds",
     draws: Draws = 19,
     prior: PriorName = "brain-mri",
-    steps: Steps = 30,
+    steps: Steps = 40,
     set: Settings = None,
     seed: Seed = 0,
     device: Device = None,

@@ -1,7 +1,8 @@
-"""What samplers share: transitions between noise levels, Gaussian solves, Markov chain moves, Adam."""
+"""What samplers share: transitions between noise levels, Gaussian solves, Markov chain moves, particles, Adam."""
 
-from invdiff.primitives.mcmc import hmc, langevin
+from invdiff.primitives.mcmc import hmc, langevin, mala
 from invdiff.primitives.optim import adam
+from invdiff.primitives.smc import ess, groups, log_normal, normalise, resample
 from invdiff.primitives.solve import cg, gaussian_draw, gaussian_prox
 from invdiff.primitives.transitions import ddim, extrapolate, mix_noise, probability_flow, renoise
 
@@ -9,12 +10,18 @@ __all__ = [
     "adam",
     "cg",
     "ddim",
+    "ess",
     "extrapolate",
     "gaussian_draw",
     "gaussian_prox",
+    "groups",
     "hmc",
     "langevin",
+    "log_normal",
+    "mala",
     "mix_noise",
+    "normalise",
     "probability_flow",
     "renoise",
+    "resample",
 ]

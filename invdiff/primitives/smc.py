@@ -1,0 +1,84 @@
+"""Weighted particles: normalised weights, effective sample size, systematic resampling, case by case.
+
+The rows of a batch are the particles of one case or of several, each case's particles side by side; nothing here
+mixes cases. Log-weights are kept unnormalised.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from invdiff.rng import Streams
+
+
+def groups(rng: Streams) -> list[tuple[int, slice]]:
+    """Return ``(case, rows)`` of every case in the batch."""
+    out, first = [], 0
+    for case, rows in groupby(rng.keys, key=lambda key: key[0]):
+        count = len(list(rows))
+        out.append((case, slice(first, first + count)))
+        first += count
+    return out
+
+
+def normalise(log_weight: Tensor, rng: Streams) -> Tensor:
+    """Return weights ``w_i = exp(l_i) / sum_j exp(l_j)`` over each case, ``(B,)``; uniform where all vanish."""
+    out = torch.empty_like(log_weight)
+    for _, rows in groups(rng):
+        l = torch.nan_to_num(log_weight[rows], nan=-torch.inf, posinf=-torch.inf)
+        w = torch.softmax(l, 0)
+        out[rows] = w if bool(torch.isfinite(w).all()) else torch.full_like(w, 1 / len(w))
+    return out
+
+
+def ess(log_weight: Tensor, rng: Streams) -> Tensor:
+    """Effective sample size ``1 / sum_i w_i^2`` of each row's case, ``(B,)``."""
+    w = normalise(log_weight, rng)
+    out = torch.empty_like(w)
+    for _, rows in groups(rng):
+        out[rows] = 1 / (w[rows] ** 2).sum()
+    return out
+
+
+def resample(log_weight: Tensor, rng: Streams, threshold: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Systematic resampling of every case whose ESS is at most ``threshold`` times its particles.
+
+    Args:
+        log_weight: ``(B,)``.
+        rng: Streams of the rows; one uniform number per case is used.
+        threshold: Share of particles; 1 always resamples, 0 never.
+
+    Returns:
+        Index of the ancestor of each row, ``(B,)``, and the new log-weights: equal in a resampled case and with
+        the same total, unchanged elsewhere.
+    """
+    weights, size = normalise(log_weight, rng), ess(log_weight, rng)
+    index = torch.arange(len(log_weight), device=log_weight.device)
+    new = log_weight.clone()
+    for case, rows in groups(rng):
+        count = rows.stop - rows.start
+        uniform = float(rng.case_uniform(case, 1)[0])
+        if float(size[rows.start]) > threshold * count:
+            continue
+        positions = (torch.arange(count, dtype=torch.float64, device=weights.device) + uniform) / count
+        edges = weights[rows].double().cumsum(0)
+        index[rows] = rows.start + torch.searchsorted(edges / edges[-1], positions).clamp_max(count - 1)
+        new[rows] = torch.logsumexp(log_weight[rows], 0) - torch.log(torch.tensor(float(count)))
+    return index, new
+
+
+def log_normal(x: Tensor, mean: Tensor, variance: Tensor | float) -> Tensor:
+    """Log-density of independent normals per row, without the constant ``-n/2 log 2 pi``; ``(B,)``.
+
+    Args:
+        x: ``(B, ...)``, real or complex (unit variance per real component times ``variance``).
+        mean: Broadcastable to ``x``.
+        variance: Number, ``(B,)`` shaped to broadcast, or one per component.
+    """
+    v = torch.as_tensor(variance, dtype=x.real.dtype if x.is_complex() else x.dtype, device=x.device)
+    parts = 2 if x.is_complex() else 1
+    terms = (x - mean).abs() ** 2 / v + parts * v.log()
+    return -0.5 * terms.flatten(1).sum(1)
