@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from invdiff.errors import InvdiffError
-from invdiff.operator import SVD, LinearOperator, Operator, take_rows
+from invdiff.operator import SVD, LinearOperator, Operator
 from invdiff.spaces import Space, per_row
+from invdiff.tensors import Movable, take_rows
 
 
-class Codec(ABC):
+class Codec(Movable, ABC):
     """Map between image space ``image`` and prior coordinates ``prior``, batched over rows."""
 
     image: Space
@@ -41,10 +42,6 @@ class Codec(ABC):
     def rows(self, index: Tensor) -> Codec:
         """Return the codec whose row ``r`` has the parameters of case ``index[r]``."""
         return self
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
-        """Return a copy on another device or in another precision."""
-        return Operator.to(self, device, dtype)  # type: ignore[arg-type]
 
     def describe(self) -> dict[str, Any]:
         """Return what provenance records."""
@@ -122,10 +119,6 @@ class CodecLinear(LinearOperator):
         rows = self.codec.rows(index)
         assert isinstance(rows, AffineCodec)
         return CodecLinear(rows)
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> CodecLinear:
-        """Return a copy on another device or in another precision."""
-        return CodecLinear(self.codec.to(device, dtype))
 
 
 class Scale(AffineCodec):
@@ -288,10 +281,6 @@ class Chain(Codec):
         """Pick the parameters of the given cases."""
         return Chain([p.rows(index) for p in self.parts])
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
-        """Return a copy on another device or in another precision."""
-        return Chain([p.to(device, dtype) for p in self.parts])
-
     def describe(self) -> dict[str, Any]:
         """Describe every part, outermost first."""
         return {"name": "Chain", "parts": [p.describe() for p in self.parts]}
@@ -365,10 +354,6 @@ class DecodeOperator(Operator):
     def rows(self, index: Tensor) -> Operator:
         """Pick the parameters of the given cases."""
         return DecodeOperator(self.codec.rows(index))
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
-        """Return a copy on another device or in another precision."""
-        return DecodeOperator(self.codec.to(device, dtype))
 
 
 class Pulled(LinearOperator):
@@ -449,7 +434,3 @@ class Pulled(LinearOperator):
         codec = self.codec.rows(index)
         assert isinstance(codec, AffineCodec)
         return Pulled(self.operator.rows(index), codec)
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
-        """Return a copy on another device or in another precision."""
-        return Pulled(self.operator.to(device, dtype), self.codec.to(device, dtype))

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import InvdiffError
-from invdiff.operator import LinearOperator, _move, take_rows, tensor_digest
+from invdiff.operator import LinearOperator
 from invdiff.rng import Streams
 from invdiff.spaces import real_inner
+from invdiff.tensors import Movable, take_rows, tensor_digest
 
 
-class Likelihood(ABC):
+class Likelihood(Movable, ABC):
     """p(y | z) for noiseless data ``z = A(x)``; every method takes and returns batches of rows.
 
     Complex data: the noise level is per real component, so a complex Gaussian of level ``sigma`` has
@@ -61,13 +62,6 @@ class Likelihood(ABC):
         for key, value in self.__dict__.items():
             if isinstance(value, Tensor) and value.ndim:
                 new.__dict__[key] = take_rows(value, index)
-        return new
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
-        """Return a copy on another device or in the precision of ``dtype``."""
-        new = copy.copy(self)
-        for key, value in self.__dict__.items():
-            new.__dict__[key] = _move(value, device, dtype)
         return new
 
     @property

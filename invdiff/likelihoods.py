@@ -11,9 +11,10 @@ from invdiff.errors import InvdiffError
 from invdiff.likelihood import Likelihood, positive, quadratic, real_count
 from invdiff.likelihoods_counts import Poisson, PoissonGaussian
 from invdiff.likelihoods_magnitude import Rician
-from invdiff.operator import LinearOperator, take_rows
+from invdiff.operator import LinearOperator
 from invdiff.rng import Streams
 from invdiff.spaces import Space
+from invdiff.tensors import take_rows
 
 __all__ = ["CorrelatedGaussian", "Gaussian", "Poisson", "PoissonGaussian", "Rician", "Whitening"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,12 +12,12 @@ from torch import Tensor
 
 from invdiff.codec import Codec, Identity
 from invdiff.errors import InvdiffError
-from invdiff.operator import _move
 from invdiff.problem import Problem
 from invdiff.spaces import Space
+from invdiff.tensors import Movable
 
 
-class Denoiser(ABC):
+class Denoiser(Movable, ABC):
     """``D(x, sigma) = E[x0 | x0 + sigma * eps = x]`` in prior coordinates, whatever the network was trained as.
 
     Attributes:
@@ -46,9 +45,7 @@ class Denoiser(ABC):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
         """Return a copy on another device or in another precision."""
-        new = copy.copy(self)
-        for key, value in self.__dict__.items():
-            new.__dict__[key] = _move(value, device, dtype)
+        new = super().to(device, dtype)
         if dtype is not None:
             new.dtype = dtype
         return new

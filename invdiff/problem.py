@@ -13,8 +13,9 @@ from torch import Tensor
 from invdiff.codec import AffineCodec, Codec, DecodeOperator, Pulled
 from invdiff.errors import InvdiffError
 from invdiff.likelihood import Likelihood, array_sha256
-from invdiff.operator import Affine, LinearOperator, Operator, compose, take_rows
+from invdiff.operator import Affine, LinearOperator, Operator, compose
 from invdiff.rng import INIT, Streams, resolve_seed
+from invdiff.tensors import take_rows
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import InvdiffError
-from invdiff.operator import LinearOperator, Operator, tensor_digest
+from invdiff.operator import LinearOperator, Operator
 from invdiff.spaces import Space, norm, per_row, real_inner
+from invdiff.tensors import tensor_digest
 
 #: Largest number of real components for which dense matrices are formed.
 DENSE_LIMIT = 1024

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import InvdiffError
-from invdiff.operator import LinearOperator, take_rows
+from invdiff.operator import LinearOperator
 from invdiff.spaces import Space
+from invdiff.tensors import take_rows
 
 Self = TypeVar("Self", bound="ParametricOperator")
 Derive = Callable[[Any], tuple[Tensor, ...]]

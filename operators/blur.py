@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import InvdiffError
-from invdiff.operator import SVD, _linear
+from invdiff.operator import SVD, apply_linear
 from invdiff.operators._fft import AXES, centred_fft, centred_ifft, hartley
 from invdiff.operators._parameters import as_parameter, as_space
 from invdiff.operators._spectral import CLOSED_FORMS, SpectralOperator, cut_small
@@ -76,7 +76,7 @@ class Blur(SpectralOperator):
     def normal(self, x: Tensor) -> Tensor:
         """Return ``F^H |h|^2 F x``: one pair of FFTs."""
         self.domain.check(x, f"Input of the normal operator of {self.name}")
-        return _linear(x, self._normal, self._normal)
+        return apply_linear(x, self._normal, self._normal)
 
     def _normal(self, x: Tensor) -> Tensor:
         return self._filter(x, _transfer(self).abs().square())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import InvdiffError
-from invdiff.operator import SVD, _linear
+from invdiff.operator import SVD, apply_linear
 from invdiff.operators._fft import AXES, centred_fft, centred_ifft, hartley, phases, reflect
 from invdiff.operators._parameters import as_mask, as_space, broadcast_mask, require_samples
 from invdiff.operators._spectral import CLOSED_FORMS, SpectralOperator, over
@@ -80,7 +80,7 @@ class SubsampledFourier(SpectralOperator):
     def normal(self, x: Tensor) -> Tensor:
         """Return ``F^H m F x`` (its real part for real images) by two bare FFTs: the centring cancels."""
         self.domain.check(x, f"Input of the normal operator of {self.name}")
-        return _linear(x, self._normal, self._normal)
+        return apply_linear(x, self._normal, self._normal)
 
     def _normal(self, x: Tensor) -> Tensor:
         _, _, bare = self._derived(_factors)

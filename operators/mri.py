@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import InvdiffError
-from invdiff.operator import SVD, _linear
+from invdiff.operator import SVD, apply_linear
 from invdiff.operators._fft import AXES, phases
 from invdiff.operators._parameters import as_mask, as_parameter, require_samples
 from invdiff.operators._readout import ReadoutBlocks
@@ -102,7 +102,7 @@ class MultiCoilMRI(SpectralOperator):
     def normal(self, x: Tensor) -> Tensor:
         """Return ``sum_c conj(S_c) F^H m F S_c x`` by one pair of bare FFTs, ``(B, 1, y, x)``."""
         self.domain.check(x, f"Input of the normal operator of {self.name}")
-        return _linear(x, self._normal, self._normal)
+        return apply_linear(x, self._normal, self._normal)
 
     def _normal(self, x: Tensor) -> Tensor:
         # The default scaling (1 and 1/N) costs one pass less than the orthonormal one, with the same product.

@@ -53,7 +53,19 @@ def test_relative_imports_are_not_used():
             assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path} imports relatively"
 
 
-CONTRACTS = ("errors", "spaces", "operator", "likelihood", "codec", "problem", "prior", "rng", "schedule")
+CONTRACTS = (
+    "errors",
+    "spaces",
+    "tensors",
+    "operator",
+    "algebra",
+    "likelihood",
+    "codec",
+    "problem",
+    "prior",
+    "rng",
+    "schedule",
+)
 DRIVER = ("driver", "plan", "loop", "finish")
 
 

@@ -6,7 +6,6 @@ weights ``f(lam)``, which may differ from row to row.
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -15,13 +14,13 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import InvdiffError
-from invdiff.operator import _move
+from invdiff.tensors import Movable
 
 #: Above this many unknowns no dense matrix is made.
 DENSE_LIMIT = 8192
 
 
-class Covariance(ABC):
+class Covariance(Movable, ABC):
     """``Q diag(lam) Q^T`` on tensors of shape ``shape``; coefficients have the same shape.
 
     Attributes:
@@ -70,13 +69,6 @@ class Covariance(ABC):
             )
         eye = torch.eye(n, dtype=self.eigenvalues.dtype, device=self.eigenvalues.device)
         return self.product(eye.reshape(n, *self.shape)).reshape(n, n)
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
-        """Return a copy on another device or in another precision."""
-        new = copy.copy(self)
-        for key, value in self.__dict__.items():
-            new.__dict__[key] = _move(value, device, dtype)
-        return new
 
 
 class Diagonal(Covariance):

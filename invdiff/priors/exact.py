@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invdiff.operator import _move
 from invdiff.prior import Denoiser
 from invdiff.priors.covariance import Covariance
 from invdiff.spaces import Space, per_row
+from invdiff.tensors import move
 
 #: ``sigma_max`` over the root of the largest second moment; starting from pure noise then costs 0.1 % of width.
 SIGMA_MAX_FACTOR = 20.0
@@ -65,17 +65,17 @@ class ExactDenoiser(Denoiser):
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
         """Return a copy on another device or in another precision."""
         new = copy.copy(self)
-        moved: dict[int, Any] = {}
+        covariances: dict[int, Any] = {}  # components may share one, and go on sharing it
 
-        def move(value: Any) -> Any:
+        def moved(value: Any) -> Any:
             if isinstance(value, Covariance):
-                return moved.setdefault(id(value), value.to(device, dtype))
+                return covariances.setdefault(id(value), value.to(device, dtype))
             if isinstance(value, list):
-                return [move(v) for v in value]
-            return _move(value, device, dtype)
+                return [moved(v) for v in value]
+            return move(value, device, dtype)
 
         for key, value in self.__dict__.items():
-            new.__dict__[key] = move(value)
+            new.__dict__[key] = moved(value)
         if dtype is not None:
             new.dtype = dtype
         return new

@@ -11,8 +11,8 @@ import torch
 
 from invdiff import codec, operators
 from invdiff.errors import InvdiffError
-from invdiff.operator import tensor_digest
 from invdiff.spaces import Space, per_row, real_inner
+from invdiff.tensors import tensor_digest
 from invdiff.testing import check_operator, dense_matrix
 
 REAL = Space((1, 5, 7), torch.float64)
