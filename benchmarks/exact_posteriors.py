@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import invdiff
-from invdiff import anchors, reference, samplers
+from invdiff import anchors, honesty, reference, samplers
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "samplers" / "exact_posteriors.json"
@@ -38,10 +38,10 @@ FIELD_DRAWS, MIXTURE_DRAWS = 256, 2000
 ROWS: dict[str, dict[str, str | None]] = {
     "tmpd": {"default": None, "published": "first-order"},
     "dds": {"default": None, "published": "published", "tuned": "tuned"},
-    "diffpir": {"published": "published", "tuned": "tuned"},
+    "diffpir": {"default": None, "published": "published", "tuned": "tuned"},
     "pigdm": {"default": None, "published": "published"},
-    "daps": {"published": "published", "tuned": "tuned"},
-    "dps": {"published": "published", "tuned": "tuned"},
+    "daps": {"default": None, "published": "published", "tuned": "tuned"},
+    "dps": {"default": None, "published": "published", "tuned": "tuned"},
     "reddiff": {"published": "published", "tuned": "tuned"},
 }
 #: Rows too expensive for two cores beyond the first field (thousands of Langevin moves or VJPs per draw).
@@ -176,17 +176,17 @@ def grade_sampler(name: str, sampler: samplers.Sampler, seed: int) -> dict[str, 
     array = made.estimate if made.kind == "point" else made.draws
     draws = torch.from_numpy(np.asarray(array).reshape(n, *problem.operator.domain.shape))
     good = torch.isfinite(draws).flatten(1).all(1) & (draws.flatten(1).abs().amax(1) < 1e6)
-    nfe = float(np.asarray(made.stats["nfe"]).ravel()[0])
+    nfe, vjp = (float(np.asarray(made.stats[k]).ravel()[0]) for k in ("nfe", "vjp"))
     if int(good.sum()) < 2:
-        return {k: math.nan for k, _ in FIGURES} | {"mode_tv": math.nan, "nfe": nfe, "failed": 1.0}
-    return {**anchors.grade(draws[good], exact), "nfe": nfe, "failed": 1 - float(good.double().mean())}
+        return {k: math.nan for k, _ in FIGURES} | {"mode_tv": math.nan, "nfe": nfe, "vjp": vjp, "failed": 1.0}
+    return {**anchors.grade(draws[good], exact), "nfe": nfe, "vjp": vjp, "failed": 1 - float(good.double().mean())}
 
 
 def save(done: dict) -> None:
     """Write the cache atomically."""
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     temporary = RESULTS.with_suffix(".tmp")
-    keep = {"mode_tv", "chi2_ratio", "nfe", "failed", *(k for k, _ in FIGURES)}
+    keep = {"mode_tv", "chi2_ratio", "nfe", "vjp", "failed", *(k for k, _ in FIGURES)}
 
     def slim(figures: dict) -> dict:
         kept = {k: v for k, v in figures.items() if k in keep}
@@ -210,6 +210,7 @@ def write() -> None:
     done = {k: averaged(v) for k, v in load().items()}
     folder = RESULTS.parent
     (folder / "exact_posteriors.md").write_text(overview(done))
+    honesty.FILE.write_text(json.dumps(short(load()), indent=1) + "\n")
     for name in samplers.REGISTRY:
         (folder / f"{name}.md").write_text(page(name, done))
     readme = ROOT / "README.md"
@@ -219,6 +220,23 @@ def write() -> None:
         if begin in text:
             head, rest = text.split(begin)
             readme.write_text(head + begin + "\n\n" + summary(done) + "\n" + end + rest.split(end)[1])
+
+
+def short(entries: dict) -> dict:
+    """What the package carries: per sampler and setting, the configuration and the figures that choosing needs."""
+    figures = ("mean_error", "std_ratio", "std_ratio_measured", "coverage", "sliced_wasserstein", "nfe", "vjp")
+    out: dict = {}
+    for name, settings in ROWS.items():
+        for setting in settings:
+            rows = {
+                p: entries.get(f"{name}/{setting}/{p}") for p in (*honesty.FIELDS, "mixture-8-1", "mixture-80-1")
+            }
+            found = {p: averaged(e) for p, e in rows.items() if e}
+            if found:
+                config = next(e["config"] for e in rows.values() if e)
+                kept = {p: {k: round(f[k], 3) for k in figures if k in f} for p, f in found.items()}
+                out.setdefault(name, {})[setting] = {"config": config, "figures": kept}
+    return out
 
 
 def cell(row: dict, key: str) -> str:

@@ -75,9 +75,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
     prior = priors.load("brain-mri")
-    print(
-        "| problem | sampler | wall / network (median, range) | / (network + operator) |\n|---|---|---|---|"
-    )
+    print("| problem | sampler | wall / network (median, range) | / (network + operator) |\n|---|---|---|---|")
     for title, problem in problems().items():
         canvas = prior.adapt(problem).codec.prior.shape
         for sampler in (samplers.DDS, samplers.DiffPIR, samplers.DPS):
