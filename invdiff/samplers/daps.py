@@ -36,8 +36,8 @@ class DAPS(Sampler):
     Args:
         ode_steps: Evaluations of the reverse ODE (1: ``x0`` is the denoised image).
         ode_order: 1 (Euler, published) or 2.
-        inner: ``langevin``, ``hmc``, ``exact`` (a Gaussian draw; linear problems only) or ``auto`` (``exact`` where
-            it can be, else ``langevin``).
+        inner: ``langevin``, ``hmc``, ``exact`` (a Gaussian draw; linear problems only) or ``auto`` (``exact``
+            where it can be, else ``langevin``).
         moves: Moves of the inner chain.
         step_size: ``eta_0`` of the paper in prior units; None scales it by the stiffness of the target.
         step_decay: ``delta``: step size falls linearly to this fraction over the run.

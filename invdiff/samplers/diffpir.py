@@ -5,8 +5,8 @@
 
 Differences from the published code: ``sigma`` is the likelihood's, in the units of the data (the code mixes
 [0, 1] and [-1, 1], which makes its ``lam`` worth 4 in consistent units); the last step returns ``x0`` instead of
-throwing the last evaluation away; ``order=2`` extrapolates ``x0``. The default draws nine tenths of the noise anew on
-a geometric grid, which brings the width near the posterior's; published values are the presets.
+throwing the last evaluation away; ``order=2`` extrapolates ``x0``. The default draws nine tenths of the noise anew
+on a geometric grid, which brings the width near the posterior's; published values are the presets.
 """
 
 from __future__ import annotations
