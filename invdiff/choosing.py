@@ -43,7 +43,7 @@ class Choice:
 
     @property
     def penalty(self) -> float:
-        """Larger of bias and |log width| on the worst field: what the list is sorted by; infinite if unmeasured."""
+        """Larger of bias and |log width| on the worst field, which sorts the list; infinite if unmeasured."""
         if self.measured is None or self.measured.width is None or self.measured.bias is None:
             return math.inf
         return max(self.measured.bias, abs(math.log(max(self.measured.width, 1e-9))))

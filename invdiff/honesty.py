@@ -83,7 +83,7 @@ def _table() -> dict[str, Any]:
 
 
 def measured(sampler: Sampler) -> Measured | None:
-    """Return the figures of a sampler at its configuration, else at the first one measured; None if there are none.
+    """Return the figures of a sampler at its configuration, else at the first one measured; None without any.
 
     The number of draws, the seed and the device do not matter to the match; every setting does.
     """

@@ -5,6 +5,7 @@ from invdiff.primitives.optim import adam
 from invdiff.primitives.smc import ess, groups, log_normal, normalise, resample
 from invdiff.primitives.solve import cg, gaussian_draw, gaussian_prox
 from invdiff.primitives.transitions import ddim, extrapolate, mix_noise, probability_flow, renoise
+from invdiff.primitives.tweedie import tweedie_update
 
 __all__ = [
     "adam",
@@ -24,4 +25,5 @@ __all__ = [
     "probability_flow",
     "renoise",
     "resample",
+    "tweedie_update",
 ]

@@ -17,9 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
-from invdiff.primitives import cg, ddim, extrapolate
+from invdiff.primitives import ddim, extrapolate, tweedie_update
 from invdiff.rng import Streams
 from invdiff.sampler import Context, Sampler, State
 
@@ -53,17 +51,8 @@ class TMPD(Sampler):
     def step(self, k: int, state: State, ctx: Context, rng: Streams) -> State:
         """One exact-for-Gaussians step."""
         x, (s, t) = state["x"], ctx.level(k)
-        problem = ctx.measured
-        a = problem.operator
         d, pull = ctx.denoise.vjp(x, s)
-        sigma = problem.sigma(d)
-
-        def gram(v: Tensor) -> Tensor:
-            """``(A C A^H + sigma^2) v``, divided by ``s^2`` to stay of order one."""
-            return a(pull(a.vjp(d, v))) + (sigma / s) ** 2 * v
-
-        weights = cg(gram, problem.residual(d), tol=self.tol, max_iter=self.cg_iterations)
-        d = d + pull(a.vjp(d, weights))
+        d = tweedie_update(ctx.measured, d, pull, s, self.tol, self.cg_iterations)
         ahead = extrapolate(d, state.get("d") if self.order == 2 else None, ctx.sigmas, k)
         noise = ctx.noise(rng, x.shape[0]) if self.eta else None
         return {"x": ddim(x, ahead, s, t, self.eta, noise), "d": d}
