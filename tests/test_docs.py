@@ -82,7 +82,7 @@ def test_commands_and_options_exist(path):
                 command = command.commands[names.pop(0)]
             options = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help", "--version"}
             if command.name == "train":
-                from invdiff.training.train import TrainConfig
+                from invdiff.training.config import TrainConfig
 
                 options |= {f"--{n.replace('_', '-')}" for n in TrainConfig.__dataclass_fields__}
             assert command is not known or not names or names[0].startswith("-"), line

@@ -14,7 +14,7 @@ from invdiff.cli.output import console, print_facts, table
 from invdiff.errors import InvdiffError
 
 if TYPE_CHECKING:
-    from invdiff.training.train import TrainConfig
+    from invdiff.training.config import TrainConfig
 
 
 @guarded
@@ -40,7 +40,7 @@ def train(
     Every setting is also a flag, which wins over the file: --data, --output, --name, --steps, --batch, --crop, ...
     List them all with --settings.
     """
-    from invdiff.training.train import TrainConfig
+    from invdiff.training.config import TrainConfig
     from invdiff.training.train import train as run
 
     if settings:

@@ -9,8 +9,6 @@ they are followed.
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,6 +17,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from invdiff.io.atomic import whole_file
 
 __all__ = ["read_images", "synthetic_images", "to_channels"]
 
@@ -263,10 +263,8 @@ def synthetic_images(
             image = np.stack([x.real, x.imag]).astype(np.float16)
             if kept is not None:
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                handle, name = tempfile.mkstemp(dir=kept.parent, suffix=".tmp")
-                with os.fdopen(handle, "wb") as file:
+                with whole_file(kept) as temporary, temporary.open("wb") as file:
                     np.save(file, image)
-                Path(name).replace(kept)
         images.append(image)
         if notify is not None:
             notify(seed + 1, count)

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from invdiff.priors import learned
 from invdiff.priors.held_out import count, held_out_slice
+from invdiff.training.config import TrainConfig
 from invdiff.training.data import read_images
-from invdiff.training.train import TrainConfig, denoising_curve, train
+from invdiff.training.train import train
+from invdiff.training.validation import denoising_curve
 
 
 def waves(n: int = 12, size: int = 24) -> np.ndarray:

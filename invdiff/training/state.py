@@ -1,0 +1,132 @@
+"""What training changes: weights, their average, the optimiser; one step of it, and its checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from invdiff.io.atomic import whole_file
+from invdiff.networks import EDMUNet
+from invdiff.training.config import TrainConfig
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, plateau, cosine decay over the last ``decay_fraction`` of the steps."""
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    start = config.steps * (1 - config.decay_fraction)
+    if step <= start:
+        return config.learning_rate
+    done = min(1.0, (step - start) / max(1.0, config.steps - start))
+    cosine = 0.5 + 0.5 * math.cos(math.pi * done)
+    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * cosine
+
+
+class TrainState:
+    """Network, averaged weights and optimiser, which are saved and restored as one file."""
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(config.seed)
+            self.network = EDMUNet(
+                config.channels, config.widths, config.blocks, config.embedding, config.sigma_data
+            ).to(device)
+        self.average = {k: v.detach().clone() for k, v in self.network.named_parameters()}
+        self.optimiser = torch.optim.Adam(
+            self.network.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), foreach=True
+        )
+        self.config, self.device = config, device
+        self.half = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+        self.step = 0
+        self.seconds = 0.0
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.network.named_parameters():
+            tensors[f"network.{name}"] = parameter.detach()
+            tensors[f"average.{name}"] = self.average[name]
+            for key, value in self.optimiser.state.get(parameter, {}).items():
+                tensors[f"optimiser.{key}.{name}"] = value
+        metadata = {
+            "format": "invdiff-training/1",
+            "state": json.dumps({"step": self.step, "seconds": self.seconds, "config": self.config.to_dict()}),
+        }
+        with whole_file(path) as temporary:
+            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
+
+    def load(self, path: Path) -> None:
+        """Take up the state of a checkpoint.
+
+        Raises:
+            ValueError: it is unreadable or belongs to another network.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a readable checkpoint ({error}); delete it to start anew.") from None
+        if metadata.get("format") != "invdiff-training/1":
+            raise ValueError(f"{path} is not a training checkpoint; delete it or choose another output folder.")
+        state, asked = json.loads(metadata["state"]), self.config.to_dict()
+        for key in ("channels", "widths", "blocks", "embedding", "sigma_data"):
+            if state["config"][key] != asked[key]:
+                raise ValueError(
+                    f"{path} was trained with {key} = {state['config'][key]}, not {asked[key]}; "
+                    "choose another output folder."
+                )
+        self._restore(tensors)
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        """Copy weights, averages and the moments of the optimiser."""
+        for name, parameter in self.network.named_parameters():
+            parameter.data.copy_(tensors[f"network.{name}"])
+            self.average[name].copy_(tensors[f"average.{name}"])
+            kept = {
+                key: tensors[f"optimiser.{key}.{name}"]
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"optimiser.{key}.{name}" in tensors
+            }
+            if kept:
+                self.optimiser.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device) for key, value in kept.items()
+                }
+
+    def averaged(self) -> EDMUNet:
+        """Copy of the network with averaged weights, for validation and export."""
+        with torch.random.fork_rng(devices=[]):
+            out = EDMUNet.from_config(self.network.config()).to(self.device)
+        out.load_state_dict(self.average, strict=True)
+        return out.eval()
+
+    def update(self, batch: tuple[Tensor, Tensor, Tensor]) -> float:
+        """One optimiser step; returns the weighted loss per value."""
+        config = self.config
+        clean, sigma, noise = (t.to(self.device, non_blocking=True) for t in batch)
+        noisy = clean + sigma[:, None, None, None] * noise
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            denoised = self.network(noisy, sigma)
+        weight = (sigma**2 + config.sigma_data**2) / (sigma * config.sigma_data) ** 2
+        loss = (weight[:, None, None, None] * (denoised.float() - clean).square()).mean()
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(config, self.step)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.clip)
+        self.optimiser.step()
+        # A short horizon at first, or the average would remember the initial weights.
+        decay = min(config.ema, (1 + self.step) / (10 + self.step))
+        parameters = [p.detach() for p in self.network.parameters()]
+        torch._foreach_lerp_(list(self.average.values()), parameters, 1 - decay)
+        self.step += 1
+        return float(loss.detach())
