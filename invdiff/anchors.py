@@ -18,6 +18,7 @@ from invdiff.conditioning import Measurement, stack_real
 from invdiff.errors import InvdiffError
 from invdiff.operator import LinearOperator
 from invdiff.prior import Prior
+from invdiff.priors.exact import ExactDenoiser
 from invdiff.priors.mixture import MixtureDenoiser
 from invdiff.problem import Problem
 from invdiff.reference import ExactPosterior
@@ -98,7 +99,8 @@ def mcgdiff_mixture(d: int, m: int, seed: int = 0) -> tuple[Problem, Prior]:
 def _draw(prior: Prior, seed: int, salt: int) -> Tensor:
     """Return one truth, from numbers that no other use of ``seed`` shares."""
     own = int(np.random.SeedSequence([seed, salt]).generate_state(1)[0])
-    return prior.denoiser.sample(1, own)  # type: ignore[attr-defined]
+    assert isinstance(prior.denoiser, ExactDenoiser)
+    return prior.denoiser.sample(1, own)
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, n_projections: int = 1000, seed: int = 0) -> float:

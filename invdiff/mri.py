@@ -236,9 +236,22 @@ def problem_from_kspace(
     return _assemble(data, sampled, maps, level, meta, {**scan.spacing, **(spacing or {})})
 
 
+def coil_maps_of(problem: Problem) -> torch.Tensor:
+    """Return the coil maps of an MRI problem, ``(1 or N, coil, y, x)``.
+
+    Raises:
+        InvdiffError: If the problem has another operator.
+    """
+    from invdiff.operators import MultiCoilMRI
+
+    if not isinstance(problem.operator, MultiCoilMRI):
+        raise InvdiffError(f"Coil maps belong to MultiCoilMRI, and this problem has {problem.operator.name}.")
+    return problem.operator.coil_maps
+
+
 def support(problem: Problem) -> torch.Tensor:
     """Return the pixels that some coil sees, bool ``(1, y, x)``; see `invdiff.support.restrict`."""
-    return (problem.operator.coil_maps != 0).any(dim=0).any(dim=0, keepdim=True)  # type: ignore[attr-defined]
+    return (coil_maps_of(problem) != 0).any(dim=0).any(dim=0, keepdim=True)
 
 
 def _meta(scan: KSpace, sampled: np.ndarray, spacing: Mapping[str, float] | None) -> dict[str, Any]:

@@ -140,11 +140,11 @@ def _scores(posterior: Posterior, problem: Problem) -> dict[str, dict[str, float
     """Return PSNR, SSIM and NRMSE of the magnitude for each method; baselines take their best weight."""
     import numpy as np
 
-    from invdiff import baselines, metrics
+    from invdiff import baselines, metrics, mri
 
     truth = _truth(problem)
     peak = float(np.abs(truth).max())
-    kspace, maps = problem.y[0].numpy(), problem.operator.coil_maps[0].numpy()  # type: ignore[attr-defined]
+    kspace, maps = problem.y[0].numpy(), mri.coil_maps_of(problem)[0].numpy()
 
     def error(image: np.ndarray) -> float:
         return metrics.nrmse(image, truth)

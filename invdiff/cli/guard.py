@@ -10,7 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import typer
 
@@ -19,18 +19,19 @@ from invdiff.errors import InvdiffError
 #: Whether ``invdiff --debug`` was given; set anew on every start.
 debugging = False
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 class Interrupted(Exception):
     """The user stopped the program; the message says how to go on."""
 
 
-def guarded(command: Command) -> Command:
+def guarded(command: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Turn what a command raises into one sentence on standard error and an exit code."""
 
     @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -46,7 +47,7 @@ def guarded(command: Command) -> Command:
             say(sentence)
             raise typer.Exit(code) from None
 
-    return run  # type: ignore[return-value]
+    return run
 
 
 def say(sentence: str) -> None:

@@ -162,13 +162,13 @@ class Circulant(Covariance):
                 "The spectrum must be even, S(k) = S(-k) on the FFT grid, for the field to be real; symmetrise it."
             )
         self.shape = tuple(shape)
-        self.spectrum = 0.5 * (spectrum + mirrored)
+        self.eigenvalues = (0.5 * (spectrum + mirrored)).expand(self.shape)
         self._axes = tuple(range(-spectrum.ndim, 0))
 
     @property
-    def eigenvalues(self) -> Tensor:  # type: ignore[override]
-        """The spectrum, for every channel."""
-        return self.spectrum.expand(self.shape)
+    def spectrum(self) -> Tensor:
+        """Eigenvalues of one channel, on the FFT grid."""
+        return self.eigenvalues[0]
 
     def to_basis(self, v: Tensor) -> Tensor:
         """Return the Hartley coefficients."""
