@@ -24,7 +24,7 @@ if not (_root / "operators").is_dir():  # a checkout whose git could not make th
     __path__.append(str(_root.parent))
 
 if TYPE_CHECKING:
-    from invdiff import likelihoods, operators, priors, problems, reference, samplers, testing
+    from invdiff import bridge, likelihoods, operators, priors, problems, reference, samplers, testing
     from invdiff.callbacks import Callback, StopWhen, Trace
     from invdiff.driver import sample
     from invdiff.errors import InvdiffError
@@ -48,7 +48,7 @@ _NAMES = {
     "Sampler": "sampler",
     "Space": "spaces",
 }
-_MODULES = ("likelihoods", "operators", "priors", "problems", "reference", "samplers", "testing")
+_MODULES = ("bridge", "likelihoods", "operators", "priors", "problems", "reference", "samplers", "testing")
 
 
 def __getattr__(name: str) -> Any:
@@ -74,6 +74,7 @@ __all__ = [
     "Space",
     "StopWhen",
     "Trace",
+    "bridge",
     "likelihoods",
     "open_posterior",
     "operators",

@@ -1,5 +1,8 @@
-"""What samplers share: transitions between noise levels, Gaussian solves, Markov chain moves, particles, Adam."""
+"""What samplers share: transitions between noise levels, Gaussian solves, Markov chain moves, particles,
+ensemble Kalman increments, Adam.
+"""
 
+from invdiff.primitives.ensemble import kalman_increment
 from invdiff.primitives.mcmc import hmc, langevin, mala
 from invdiff.primitives.optim import adam
 from invdiff.primitives.smc import ess, groups, log_normal, normalise, resample
@@ -17,6 +20,7 @@ __all__ = [
     "gaussian_prox",
     "groups",
     "hmc",
+    "kalman_increment",
     "langevin",
     "log_normal",
     "mala",

@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     from invdiff.samplers.diffpir import DiffPIR
     from invdiff.samplers.dpmpp import DPMpp
     from invdiff.samplers.dps import DPS
+    from invdiff.samplers.eki import EKI
+    from invdiff.samplers.enkg import EnKG
     from invdiff.samplers.heun import Heun
+    from invdiff.samplers.mcgdiff import MCGDiff
     from invdiff.samplers.pigdm import PiGDM
+    from invdiff.samplers.pnpdm import PnPDM
     from invdiff.samplers.reddiff import REDdiff
     from invdiff.samplers.tmpd import TMPD
 
@@ -33,10 +37,15 @@ _CLASSES = {
     "dps": "DPS",
     "pigdm": "PiGDM",
     "tmpd": "TMPD",
+    "certified": "Certified",
     "daps": "DAPS",
     "diffpir": "DiffPIR",
     "dds": "DDS",
     "reddiff": "REDdiff",
+    "pnpdm": "PnPDM",
+    "mcgdiff": "MCGDiff",
+    "eki": "EKI",
+    "enkg": "EnKG",
 }
 
 
@@ -108,12 +117,15 @@ __all__ = [
     "DDIM",
     "DDS",
     "DPS",
+    "EKI",
     "REGISTRY",
     "TMPD",
     "DPMpp",
     "DiffPIR",
+    "EnKG",
     "Heun",
     "PiGDM",
+    "PnPDM",
     "REDdiff",
     "get",
     "register",

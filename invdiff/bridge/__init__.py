@@ -1,0 +1,27 @@
+"""Bridges to other worlds, one module each; none is imported before it is asked for.
+
+``invdiff.bridge.numpy.from_function`` makes an operator of a function on numpy arrays.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from invdiff.bridge import numpy
+
+_MODULES = ("numpy",)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"invdiff.bridge.{name}")
+    raise AttributeError(f"module 'invdiff.bridge' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(_MODULES)
+
+
+__all__ = ["numpy"]
