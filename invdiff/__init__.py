@@ -26,6 +26,7 @@ if not (_root / "operators").is_dir():  # a checkout whose git could not make th
 if TYPE_CHECKING:
     from invdiff import bridge, likelihoods, operators, priors, problems, reference, samplers, testing
     from invdiff.callbacks import Callback, StopWhen, Trace
+    from invdiff.certifying import certify
     from invdiff.driver import sample
     from invdiff.errors import InvdiffError
     from invdiff.posterior import Posterior, open_posterior
@@ -38,6 +39,7 @@ _NAMES = {
     "Callback": "callbacks",
     "StopWhen": "callbacks",
     "Trace": "callbacks",
+    "certify": "certifying",
     "sample": "driver",
     "InvdiffError": "errors",
     "Posterior": "posterior",
@@ -75,6 +77,7 @@ __all__ = [
     "StopWhen",
     "Trace",
     "bridge",
+    "certify",
     "likelihoods",
     "open_posterior",
     "operators",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,7 @@ from torch import Tensor
 from invdiff.errors import NonFiniteError
 from invdiff.loop import ADVICE, Loop
 from invdiff.problem import Problem
+from invdiff.sampler import RECORDED
 
 if TYPE_CHECKING:
     from invdiff.posterior import Posterior
@@ -40,6 +42,7 @@ def finish(loop: Loop, status: Literal["complete", "stopped"], store: str | Path
             f"None of the draws is usable ({made} became NaN or infinite with {plan.sampler.name}, "
             f"{ok.size - made} were not made); {ADVICE}."
         )
+    _warn_of_collapse(stats)
     problem = target.problem
     run = Run(
         space=target.image,
@@ -74,9 +77,9 @@ def _draws(loop: Loop) -> DrawSource:
 
 
 def _stats(loop: Loop) -> dict[str, np.ndarray]:
-    """Return the statistics of all draws, each ``(cases, draws)``."""
+    """Return the statistics of all draws, each ``(cases, draws)``, facts along a chain with axes of their own."""
     plan = loop.plan
-    names = ("nfe", "vjp", "noe", "wall_s", "log_likelihood", "residual_norm", "log_weight")
+    names = ("nfe", "vjp", "noe", "wall_s", "log_likelihood", "residual_norm", *RECORDED)
     out: dict[str, np.ndarray] = {}
     status = np.full(plan.rows, "missing", dtype="<U7")
     parts = loop.chunks or {first: _read(path, (*names, "ok")) for first, path in loop.files}
@@ -88,10 +91,28 @@ def _stats(loop: Loop) -> dict[str, np.ndarray]:
                 values = chunk[name].numpy()
                 if name not in out:
                     empty: Any = 0 if values.dtype.kind in "iu" else np.nan
-                    out[name] = np.full(plan.rows, empty, dtype=values.dtype)
+                    out[name] = np.full((plan.rows, *values.shape[1:]), empty, dtype=values.dtype)
                 out[name][first : first + count] = values
     out["status"] = status
-    return {k: v.reshape(plan.target.cases, plan.draws) for k, v in out.items()}
+    return {k: v.reshape(plan.target.cases, plan.draws, *v.shape[1:]) for k, v in out.items()}
+
+
+def _warn_of_collapse(stats: dict[str, np.ndarray]) -> None:
+    """Warn once, with the figure, where the particles of a case came down to fewer than two effective ones.
+
+    Two or three particles say nothing either way.
+    """
+    if "ess" not in stats or stats["ess"].shape[1] < 4 or not np.isfinite(stats["ess"]).any():
+        return
+    case, draw = np.unravel_index(np.nanargmin(stats["ess"]), stats["ess"].shape)
+    least = float(stats["ess"][case, draw])
+    if least < 2:
+        warnings.warn(
+            f"The particles' weights collapsed: along the run the effective sample size of case {case} fell to "
+            f"{least:.2f} of {stats['ess'].shape[1]}, so its draws show less uncertainty than there is; "
+            "ask for more draws or steps, or use a sampler that does not weight.",
+            stacklevel=4,
+        )
 
 
 def _read(path: Path, names: Sequence[str]) -> dict[str, Tensor]:

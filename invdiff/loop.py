@@ -20,7 +20,7 @@ from invdiff.counting import Counts
 from invdiff.errors import InvdiffError, NonFiniteError
 from invdiff.plan import Plan
 from invdiff.rng import INIT, Streams
-from invdiff.sampler import Context, State
+from invdiff.sampler import RECORDED, Context, State
 from invdiff.spaces import norm
 
 #: What to do about a draw that became NaN or infinite.
@@ -203,8 +203,7 @@ class Loop:
             problem = target.pulled.rows(index)  # not the counting one of the context: this is no evaluation
             result["log_likelihood"] = problem.log_likelihood(u).double().cpu()
             result["residual_norm"] = norm(problem.residual(u)).double().cpu()
-        if "log_weight" in state:
-            result["log_weight"] = state["log_weight"].double().cpu()
+        result.update({name: state[name].double().cpu() for name in RECORDED if name in state})
         return result
 
     def _store(self, first: int, result: dict[str, Tensor]) -> None:

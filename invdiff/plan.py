@@ -152,6 +152,16 @@ class Plan:
         return context, Streams(self.seed, keys), counts
 
 
+def _abilities(problem: Problem, prior: Prior) -> frozenset[str]:
+    """What the pulled-back problem and the prior can do, in the names that samplers ask for."""
+    return problem.capabilities | ({"denoiser-vjp"} if prior.denoiser.differentiable >= 1 else set())
+
+
+def missing_capabilities(sampler: Sampler, problem: Problem, prior: Prior) -> list[str]:
+    """Return what a sampler needs and the pulled-back problem or the prior does not have, sorted."""
+    return sorted(sampler.requires - _abilities(problem, prior))
+
+
 def check_capabilities(sampler: Sampler, problem: Problem, prior: Prior) -> None:
     """Refuse a sampler that needs structure the pulled-back problem or the prior does not have.
 
@@ -160,8 +170,8 @@ def check_capabilities(sampler: Sampler, problem: Problem, prior: Prior) -> None
     """
     from invdiff import samplers
 
-    have = problem.capabilities | ({"denoiser-vjp"} if prior.denoiser.differentiable >= 1 else set())
-    missing = sorted(sampler.requires - have)
+    have = _abilities(problem, prior)
+    missing = missing_capabilities(sampler, problem, prior)
     if not missing:
         return
     words = {
@@ -179,6 +189,19 @@ def check_capabilities(sampler: Sampler, problem: Problem, prior: Prior) -> None
         f"({problem.operator.name}, {problem.likelihood.name}) does not have; "
         + (f"samplers that would do: {', '.join(would)}." if would else "no sampler here would do.")
     )
+
+
+def check_particles(sampler: Sampler, draws: int) -> None:
+    """Refuse an ensemble of one: the draws of a case are its particles, and one cannot be weighted.
+
+    Raises:
+        CapabilityError: With what to ask for instead.
+    """
+    if sampler.kind == "ensemble" and draws < 2:
+        raise CapabilityError(
+            f"{sampler.name} moves the draws of a case together as an ensemble and needs at least 2 of them, "
+            f"got draws={draws}; ask for as many draws as there should be particles (64 or more, say)."
+        )
 
 
 def find_device(device: torch.device | str | None) -> torch.device:

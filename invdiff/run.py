@@ -151,7 +151,8 @@ class Run:
         kind: Whether the draws are posterior draws, a point estimate, or an ensemble.
         draws: The draws, in image space.
         stats: Arrays ``(N, S)``: ``nfe``, ``vjp``, ``noe``, ``wall_s``, ``log_likelihood``,
-            ``residual_norm``, ``status`` (of `STATUSES`) and optionally ``log_weight``.
+            ``residual_norm``, ``status`` (of `STATUSES`) and optionally ``log_weight``, ``ess``, ``accepted`` and
+            ``trail`` (with axes of its own after the first two).
         observed: ``y`` ``(N, *range)`` and optionally ``mask``, ``sigma``.
         range_space: Space of one measurement.
         x_true: Truth where simulated, ``(N, *image)``.
@@ -176,7 +177,7 @@ class Run:
             raise InvdiffError(f"The kind of a run is posterior, point or ensemble, not {self.kind!r}.")
         expected = (self.draws.n_cases, self.draws.n_draws)
         for name, values in self.stats.items():
-            if np.shape(values) != expected:
+            if np.shape(values)[:2] != expected:
                 raise InvdiffError(
                     f"Statistic {name} has shape {np.shape(values)}, expected (cases, draws) = {expected}."
                 )

@@ -45,6 +45,9 @@ _STATS = {
     "log_likelihood": ("log-likelihood of the data given the draw", "1"),
     "residual_norm": ("norm of the data minus the operator's prediction", "1"),
     "log_weight": ("log weight of the draw", "1"),
+    "accepted": ("share of Metropolis moves that were accepted", "1"),
+    "trail": ("facts about the draw at the beginning, half-way through and at the end of its chain", "1"),
+    "ess": ("smallest effective sample size of the case's particles along the run", "1"),
 }
 
 
@@ -203,13 +206,14 @@ def _stats(run: Run, status: np.ndarray) -> xr.Dataset:
     dims = (*lead, "chain", "draw")
 
     def shaped(values: np.ndarray) -> np.ndarray:
-        return values[:, None, :] if lead else values[0][None, :]
+        return values[:, None] if lead else values[0][None]
 
     data = {}
     for name, values in run.stats.items():
         if name != "status":
             long_name, units = _STATS.get(name, (name.replace("_", " "), "1"))
-            data[name] = (dims, shaped(np.asarray(values)), {"long_name": long_name, "units": units})
+            own = tuple(f"{name}_{i}" for i in range(np.ndim(values) - 2))
+            data[name] = ((*dims, *own), shaped(np.asarray(values)), {"long_name": long_name, "units": units})
     codes = np.array([[STATUSES.index(s) for s in row] for row in status], dtype=np.int8)
     meaning: dict[str, Any] = {
         "flag_values": np.arange(len(STATUSES), dtype=np.int8),

@@ -15,6 +15,7 @@ from invdiff.errors import InvdiffError
 
 if TYPE_CHECKING:
     from invdiff.sampler import Sampler
+    from invdiff.samplers.certified import Certified
     from invdiff.samplers.daps import DAPS
     from invdiff.samplers.ddim import DDIM
     from invdiff.samplers.dds import DDS
@@ -120,6 +121,7 @@ __all__ = [
     "EKI",
     "REGISTRY",
     "TMPD",
+    "Certified",
     "DPMpp",
     "DiffPIR",
     "EnKG",
