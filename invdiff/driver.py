@@ -15,7 +15,7 @@ from invdiff.checkpoint import Checkpoint
 from invdiff.errors import InvdiffError
 from invdiff.finish import finish
 from invdiff.loop import Loop
-from invdiff.plan import Plan, bind, check_capabilities, choose_sampler, find_device
+from invdiff.plan import Plan, bind, check_capabilities, check_particles, choose_sampler, find_device
 from invdiff.prior import Prior
 from invdiff.problem import Problem
 from invdiff.rng import resolve_seed
@@ -80,6 +80,7 @@ def sample(
     """
     _check_options(draws, max_batch, on_nonfinite)
     chosen = choose_sampler(sampler, problem)
+    check_particles(chosen, draws)
     target = bind(problem, prior, shape, find_device(device))
     if target.pulled is not None:
         check_capabilities(chosen, target.pulled, target.prior)

@@ -71,14 +71,14 @@ def resample(log_weight: Tensor, rng: Streams, threshold: float = 1.0) -> tuple[
 
 
 def log_normal(x: Tensor, mean: Tensor, variance: Tensor | float) -> Tensor:
-    """Log-density of independent normals per row, without the constant ``-n/2 log 2 pi``; ``(B,)``.
+    """Log-density of independent normals per row, without the constant ``-n/2 log 2 pi``; ``(B,)`` in float64.
 
     Args:
         x: ``(B, ...)``, real or complex (unit variance per real component times ``variance``).
         mean: Broadcastable to ``x``.
         variance: Number, ``(B,)`` shaped to broadcast, or one per component.
     """
-    v = torch.as_tensor(variance, dtype=x.real.dtype if x.is_complex() else x.dtype, device=x.device)
+    v = torch.as_tensor(variance, dtype=torch.float64, device=x.device)
     parts = 2 if x.is_complex() else 1
-    terms = (x - mean).abs() ** 2 / v + parts * v.log()
+    terms = (x - mean).abs().double() ** 2 / v + parts * v.log()
     return -0.5 * terms.flatten(1).sum(1)

@@ -4,7 +4,7 @@ import torch
 
 from invdiff import likelihoods
 from invdiff.codec import ComplexChannels, Scale
-from invdiff.operator import LinearOperator, Operator
+from invdiff.operator import SVD, LinearOperator, Operator
 from invdiff.prior import Denoiser, Prior
 from invdiff.problem import Problem
 from invdiff.spaces import Space
@@ -13,7 +13,9 @@ SPACE = Space((1, 6, 5), torch.float64)
 
 
 class Keep(LinearOperator):
-    """Keep some pixels (zeros elsewhere), with a weight."""
+    """Keep some pixels (zeros elsewhere), with a weight; it has a decomposition but no closed-form prox."""
+
+    provides = LinearOperator.provides | {"svd", "pinv"}
 
     def __init__(self, space=SPACE, seed=0, share=0.5, weight=1.0):
         generator = torch.Generator().manual_seed(seed)
@@ -25,6 +27,18 @@ class Keep(LinearOperator):
 
     def _adjoint(self, y):
         return y * self.mask
+
+    def svd(self):
+        def same(x):
+            return x
+
+        def keep(x):
+            return x * (self.mask > 0)
+
+        return SVD(self.mask[None], vh=same, v=same, uh=keep, u=keep)
+
+    def pinv(self, y):
+        return torch.where(self.mask > 0, y / self.mask.clamp_min(1e-30), torch.zeros_like(y))
 
 
 class Square(Operator):

@@ -1,0 +1,125 @@
+"""Samplers whose draws are weighted particles: exact where they claim to be, and open about collapse."""
+
+import functools
+import warnings
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+import invdiff
+from invdiff import anchors, likelihoods, reference, samplers
+from invdiff.errors import CapabilityError
+from invdiff.sampler import Sampler
+from tests.conformance.toys import SPACE, Keep, normal_prior, toy_problem
+
+
+@functools.lru_cache
+def field(operator, size=16):
+    problem, prior = anchors.gaussian_field(size, operator, 0)
+    return problem, prior, reference.posterior(problem, prior)
+
+
+@functools.lru_cache
+def mixture(d, m, seed):
+    problem, prior = anchors.mcgdiff_mixture(d, m, seed)
+    return problem, prior, reference.posterior(problem, prior)
+
+
+def grade(target, sampler, draws=256, seed=0):
+    """Figures of the draws, and the smallest effective sample size; collapse is judged by the caller."""
+    problem, prior, exact = target
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*collapsed")
+        made = invdiff.sample(problem, prior, sampler, draws=draws, seed=seed, max_batch=draws)
+    x = torch.from_numpy(np.asarray(made.draws)).reshape(draws, *problem.operator.domain.shape)
+    return anchors.grade(x, exact) | {"ess": float(made.stats["ess"].min())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Weigh(Sampler):
+    """A toy ensemble that reports a given effective sample size."""
+
+    name: ClassVar[str] = "weigh"
+    title: ClassVar[str] = "toy weights"
+    reference: ClassVar[str] = "-"
+    kind: ClassVar = "ensemble"
+    steps: int = 1
+    least: float = 1.5
+
+    def step(self, k, state, ctx, rng):
+        w = torch.linspace(0, 1, len(rng.keys), dtype=torch.float64)
+        return {"x": state["x"] * 0.01, "log_weight": w, "ess": torch.full_like(w, self.least)}
+
+
+@pytest.mark.parametrize("name", ["mcgdiff"])
+def test_one_particle_is_refused_in_one_sentence(name):
+    with pytest.raises(CapabilityError, match="at least 2") as caught:
+        invdiff.sample(toy_problem(), normal_prior(), name, draws=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_collapse_is_stored_and_warned_of_once_with_the_figure(tmp_path):
+    with pytest.warns(UserWarning, match=r"collapsed.* case 0 fell to 1.50 of 5") as caught:
+        made = invdiff.sample(toy_problem(), normal_prior(), _Weigh(), draws=5, seed=0, store=tmp_path / "w.nc")
+    assert len(caught) == 1
+    assert float(made.stats["ess"].max()) == 1.5 and made.stats["ess"].shape == (2, 5)
+    assert made.stats["ess"].attrs["long_name"]
+    again = invdiff.open_posterior(tmp_path / "w.nc")
+    assert np.array_equal(np.asarray(again.stats["log_weight"]), np.asarray(made.stats["log_weight"]))
+
+
+def test_healthy_weights_are_not_warned_of():
+    made = invdiff.sample(toy_problem(), normal_prior(), _Weigh(least=2.5), draws=5, seed=0)
+    assert float(made.stats["ess"].min()) == 2.5
+    invdiff.sample(toy_problem(), normal_prior(), _Weigh(), draws=3, seed=0)  # three particles say nothing
+
+
+def test_summaries_follow_the_weights():
+    made = invdiff.sample(toy_problem(cases=1), normal_prior(), _Weigh(least=3.0), draws=4, seed=0)
+    w = np.exp(np.asarray(made.stats["log_weight"]).reshape(-1))
+    x = np.asarray(made.draws).reshape(4, *SPACE.shape)
+    expected = (w[:, None, None, None] * x).sum(0) / w.sum()
+    assert np.allclose(np.asarray(made.mean()), expected, atol=1e-12)
+    assert not np.allclose(x.mean(0), expected, atol=1e-6)
+
+
+# What is right in the limit of many particles must be right on a mixture, mode weights included; controls below.
+MIXTURE = [
+    ("mcgdiff", {}, 0.45, (0.9, 1.1)),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "distance", "measured"), MIXTURE)
+def test_mode_weights_of_a_mixture(name, fields, distance, measured):
+    figures = [grade(mixture(8, 1, seed), samplers.get(name, **fields), draws=1000) for seed in (0, 1, 5)]
+    assert np.mean([f["sliced_wasserstein"] for f in figures]) < distance
+    assert measured[0] < np.mean([f["std_ratio_measured"] for f in figures]) < measured[1]
+    assert min(f["ess"] for f in figures) > 100
+
+
+def test_mcgdiff_collapses_on_an_image_and_says_so():
+    problem, prior, _ = field("mask")
+    with pytest.warns(UserWarning, match="collapsed"):
+        made = invdiff.sample(problem, prior, samplers.MCGDiff(steps=50), draws=64, seed=0)
+    assert float(made.stats["ess"].min()) < 2
+
+
+def test_mcgdiff_is_right_on_a_blur():
+    figures = grade(field("blur"), samplers.MCGDiff())
+    assert figures["mean_error"] < 0.3
+    assert 0.9 < figures["std_ratio"] < 1.05 and 0.9 < figures["std_ratio_measured"] < 1.05
+
+
+def test_mcgdiff_meets_noiseless_data_exactly():
+    operator = Keep(SPACE, share=0.2)
+    x = SPACE.randn(1, 4)
+    problem = invdiff.Problem(operator, likelihoods.Gaussian(0.0), operator(x))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*collapsed")
+        made = invdiff.sample(problem, normal_prior(), samplers.MCGDiff(steps=30), draws=8, seed=0)
+    draws = torch.from_numpy(np.asarray(made.draws)).reshape(8, *SPACE.shape)
+    assert (operator(draws) - problem.y).abs().max() < 1e-9
+    assert torch.isfinite(draws).all() and draws.std(0)[operator.mask == 0].min() > 0.1
