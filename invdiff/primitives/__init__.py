@@ -2,7 +2,6 @@
 ensemble Kalman increments, Adam.
 """
 
-from invdiff.primitives.curvature import gauss_newton, root_of_rest, stiffness
 from invdiff.primitives.ensemble import kalman_increment
 from invdiff.primitives.mcmc import hmc, langevin, mala
 from invdiff.primitives.optim import adam
@@ -17,7 +16,6 @@ __all__ = [
     "ddim",
     "ess",
     "extrapolate",
-    "gauss_newton",
     "gaussian_draw",
     "gaussian_prox",
     "groups",
@@ -31,7 +29,5 @@ __all__ = [
     "probability_flow",
     "renoise",
     "resample",
-    "root_of_rest",
-    "stiffness",
     "tweedie_update",
 ]

@@ -12,7 +12,7 @@ from invdiff.problem import Problem
 from invdiff.spaces import norm, per_row
 
 
-def gauss_newton(problem: Problem, x: Tensor, v: Tensor) -> Tensor:
+def curvature(problem: Problem, x: Tensor, v: Tensor) -> Tensor:
     """Return ``H v`` with the Gauss-Newton curvature ``H = J^H (-d score/dz) J`` of ``-log p(y | A(x))``.
 
     ``H = A^H A / sigma^2`` for a linear operator and Gaussian noise; elsewhere the derivative of the score is a
@@ -30,7 +30,7 @@ def gauss_newton(problem: Problem, x: Tensor, v: Tensor) -> Tensor:
 
 
 def stiffness(problem: Problem, x: Tensor, iterations: int = 30) -> Tensor:
-    """Return the largest eigenvalue of `gauss_newton` at ``x`` per row, ``(B,)``, by power iterations.
+    """Return the largest eigenvalue of `curvature` at ``x`` per row, ``(B,)``, by power iterations.
 
     The start is the same pseudo-random image for every row and every call, so that no row depends on another.
     """
@@ -38,7 +38,7 @@ def stiffness(problem: Problem, x: Tensor, iterations: int = 30) -> Tensor:
     v = torch.randn(1, *x.shape[1:], dtype=x.dtype, generator=generator).to(x.device).expand_as(x)
     value = norm(v)
     for _ in range(iterations):
-        v = gauss_newton(problem, x, v / per_row(torch.where(value > 0, value, torch.ones_like(value)), v))
+        v = curvature(problem, x, v / per_row(torch.where(value > 0, value, torch.ones_like(value)), v))
         value = norm(v)
     return value
 

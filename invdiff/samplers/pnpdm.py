@@ -19,23 +19,20 @@ follow the stiffness of their target; a draw is the end of a chain of its own, n
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from invdiff import schedule as schedules
 from invdiff.errors import InvdiffError
-from invdiff.primitives import ddim, extrapolate, gauss_newton, gaussian_draw, langevin, root_of_rest, stiffness
+from invdiff.primitives import gaussian_draw, langevin
+from invdiff.primitives.curvature import stiffness
+from invdiff.primitives.gibbs import SPLIT_TOP, prior_draw, split_draw
 from invdiff.problem import Problem
 from invdiff.rng import Streams
 from invdiff.sampler import Context, Sampler, State
 from invdiff.spaces import per_row
-
-#: ``rho^2 |A|^2 / sigma^2`` at the floor of the split; below 1, so that the root in its draw is smooth.
-TOP = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,27 +95,19 @@ class PnPDM(Sampler):
         x, floor, problem = state["x"], state["floor"], ctx.measured
         share = min(1.0, k / max(1.0, self.anneal * self.steps))
         rho = self._first(ctx) * (floor / self._first(ctx)) ** share
-        r = per_row(rho, x)
         if not _exact(problem):
             step = self.step_size or 0.2 / (stiffness(problem, x, 8) + rho**-2)
+            r = per_row(rho, x)
             z = langevin(x, lambda u: problem.grad_log_likelihood(u) - (u - x) / r**2, step, self.moves, rng)
         elif self.split and share == 1:
-            noise = root_of_rest(lambda u: r**2 * gauss_newton(problem, u, u), rng.normal(x), TOP)
-            z = x + r**2 * problem.grad_log_likelihood(x) + r * noise
+            z = split_draw(problem, x, rho, rng)
         else:
             z = gaussian_draw(problem, x, rho**2, rng)
         return {"x": self._prior(z, rho, ctx, rng), "floor": floor}
 
     def _prior(self, z: Tensor, rho: Tensor, ctx: Context, rng: Streams) -> Tensor:
-        """Draw from ``p(x) N(x; z, rho^2 I)``; levels are ``rho`` times one fixed grid."""
-        r, lowest = per_row(rho, z), ctx.denoise.denoiser.sigma_min
-        grid = schedules.geometric(self.inner, self.depth, 1.0).tolist()
-        u, previous = z / r, None
-        for k, (s, t) in enumerate(itertools.pairwise(grid)):
-            d = ctx.denoise(u * r, (s * rho).clamp_min(lowest)) / r
-            u = ddim(u, extrapolate(d, previous, grid, k), s, t, 1.0, ctx.noise(rng, len(u)))
-            previous = d if self.order == 2 else None
-        return u * r
+        lowest = ctx.denoise.denoiser.sigma_min
+        return prior_draw(ctx.denoise, z, rho, rng, self.inner, self.depth, lowest, self.order)
 
     def _first(self, ctx: Context) -> float:
         return 3 * ctx.spread(None) if self.rho_max is None else self.rho_max
@@ -130,7 +119,7 @@ class PnPDM(Sampler):
         if _exact(problem) and (self.split or self.rho_min is None):
             if bool((problem.sigma(x) == 0).any()):
                 raise InvdiffError("pnpdm takes rho from sigma, and sigma is 0; set split=False and a rho_min.")
-            limit = (TOP / stiffness(problem, 0 * x)).sqrt() * (1.0 if self.split else 0.4)
+            limit = (SPLIT_TOP / stiffness(problem, 0 * x)).sqrt() * (1.0 if self.split else 0.4)
             floor = limit if self.rho_min is None else torch.minimum(floor, limit)
         return floor.clamp_max(self._first(ctx))
 

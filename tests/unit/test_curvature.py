@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from invdiff import likelihoods, operators
-from invdiff.primitives.curvature import gauss_newton, root_of_rest, stiffness
+from invdiff.primitives.curvature import curvature, root_of_rest, stiffness
 from invdiff.problem import Problem
 from tests.conformance.toys import SPACE, Square
 
@@ -11,7 +11,7 @@ from tests.conformance.toys import SPACE, Square
 def dense(problem, x):
     """The curvature as a matrix, column by column."""
     eye = torch.eye(x[0].numel(), dtype=x.dtype).reshape(-1, *x.shape[1:])
-    return torch.stack([gauss_newton(problem, x, e[None]).flatten() for e in eye], 1)
+    return torch.stack([curvature(problem, x, e[None]).flatten() for e in eye], 1)
 
 
 def matrix_problem(seed=0, sigma=0.3):
