@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import ResumeError
+from invdiff.io.atomic import whole_file
 
 SCHEMA = "invdiff.checkpoint/1"
 
@@ -62,7 +62,8 @@ class Checkpoint:
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             body = {"schema": SCHEMA, "hash": self.hash, "config": config}
-            write_atomic(record, json.dumps(body, indent=1, default=str).encode())
+            with whole_file(record) as temporary:
+                temporary.write_text(json.dumps(body, indent=1, default=str), encoding="utf-8")
 
     def _check(self, record: Path, config: dict[str, Any], resume: bool) -> None:
         try:
@@ -123,22 +124,10 @@ class Checkpoint:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write under a temporary name, flush to disk, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     from safetensors.torch import save
 
     plain = {k: v.detach().cpu().contiguous().resolve_conj() for k, v in tensors.items()}
     plain = {k: torch.view_as_real(v) if v.dtype == torch.complex128 else v for k, v in plain.items()}
-    write_atomic(path, save(plain, metadata=metadata))
+    with whole_file(path) as temporary:
+        temporary.write_bytes(save(plain, metadata=metadata))

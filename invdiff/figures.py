@@ -6,8 +6,6 @@ shown as magnitudes. Maps are grey for images and viridis for spreads, both read
 
 from __future__ import annotations
 
-import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +14,7 @@ import numpy as np
 
 from invdiff.errors import InvdiffError, StoreError
 from invdiff.html import operator_html, posterior_html, prior_html, problem_html
+from invdiff.io.atomic import whole_file
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -79,7 +78,11 @@ def summary_figure(posterior: Posterior, case: int = 0) -> Figure:
     else:
         _draw_images(figure, panels, _rows(first, space))
     title = posterior.title + (f" (case {case})" if posterior.n_cases > 1 else "")
-    figure.suptitle(f"{title}\n{_caption(posterior, case)}", fontsize=10, parse_math=False)
+    caption = _caption(posterior, case)
+    if posterior.width_warning:
+        letters = int(13 * figure.get_figwidth())  # that fit into a line of this size
+        caption += "\n" + textwrap.fill(f"Caution: {posterior.width_warning}", max(letters, 40))
+    figure.suptitle(f"{title}\n{caption}", fontsize=10, parse_math=False)
     return figure
 
 
@@ -92,17 +95,11 @@ def save_png(figure: Figure, path: str | Path, dpi: int = 150) -> Path:
     path = Path(path)
     if not path.parent.is_dir():
         raise StoreError(f"The folder {path.parent} does not exist; create it first.")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("wb") as handle:
-            handle.write(png_bytes(figure, dpi))
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
+        with whole_file(path) as temporary:
+            temporary.write_bytes(png_bytes(figure, dpi))
     except OSError as error:
         raise StoreError(f"{path} could not be written ({error.strerror}); nothing was left behind.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

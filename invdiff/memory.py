@@ -40,7 +40,8 @@ def check_fits(image: Space, rows: int, streamed: bool) -> None:
             "use smaller images" if streamed else "stream them to a file (store=, --output) or ask for fewer draws"
         )
         raise InvdiffError(
-            f"{rows} draws of {image} need about {_size(need)} of memory and {_size(free)} is free; {advice}."
+            f"{rows} draws of {image} need about {readable_size(need)} of memory "
+            f"and {readable_size(free)} is free; {advice}."
         )
 
 
@@ -70,9 +71,10 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _size(n: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if n < 1000:
+def readable_size(n: float) -> str:
+    """Return a number of bytes in words, ``3.2 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024:
             return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"
+        n /= 1024
+    return f"{n:.3g} TiB"

@@ -152,11 +152,13 @@ def require_samples(mask: Tensor) -> None:
         raise InvdiffError(f"The mask{where} has no sampled positions; a measurement needs at least one.")
 
 
-def broadcast_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return the mask with its case axis, ``(1 or N, *shape)`` up to axes of length 1.
+def fit_mask(mask: Tensor, space: Space) -> Tensor:
+    """Return a mask for images of a space, with its case axis: ``(1 or N, *shape)`` up to axes of length 1.
 
     A mask with at most the rank of ``shape`` is shared by all cases; one more leading axis counts cases.
+    Every case must have a sampled position.
     """
+    shape = space.shape
     full = mask.reshape(*([1] * (len(shape) + 1 - mask.ndim)), *mask.shape)
     fits = full.ndim == len(shape) + 1 and all(m in (1, n) for m, n in zip(full.shape[1:], shape))
     if not fits:
@@ -164,7 +166,8 @@ def broadcast_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
             f"The mask has shape {tuple(mask.shape)}, which fits neither {shape} nor (cases, "
             f"{', '.join(map(str, shape))})."
         )
-    return full
+    require_samples(full)
+    return full.to(space.real_dtype)
 
 
 def as_space(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ class SpectralOperator(ParametricOperator):
 
     Instances that lack a decomposition leave ``svd`` out of ``capabilities``.
     """
+
+    provides: ClassVar[frozenset[str]] = ParametricOperator.provides | CLOSED_FORMS
 
     def prox(self, z: Tensor, y: Tensor, rho: Tensor) -> Tensor:
         """Return ``argmin_x ||A x - y||^2 + rho ||x - z||^2 = z + V s (U^H y - s V^H z) / (s^2 + rho)``.
@@ -65,6 +69,11 @@ class SpectralOperator(ParametricOperator):
         width = torch.where(d.s > 0, over(sigma * tau, (d.s**2 * tau**2 + sigma**2).sqrt(), d.s > 0), tau)
         rho = ((sigma / tau) ** 2).reshape(-1) if sigma.ndim or tau.ndim else (sigma / tau) ** 2
         return self.prox(z, y, rho) + d.v(width * c)
+
+
+def unchanged(x: Tensor) -> Tensor:
+    """Return ``x``: the factors ``U`` and ``V`` of a diagonal operator."""
+    return x
 
 
 def over(a: Tensor, b: Tensor, keep: Tensor) -> Tensor:

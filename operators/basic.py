@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from invdiff.errors import InvdiffError
 from invdiff.operator import SVD
 from invdiff.operators._parameters import as_parameter, as_space
-from invdiff.operators._spectral import CLOSED_FORMS, SpectralOperator, cut_small
+from invdiff.operators._spectral import SpectralOperator, cut_small, unchanged
 from invdiff.spaces import Space
 
 
@@ -24,8 +24,6 @@ class Identity(SpectralOperator):
         units: Units of the image.
         spacing: Distance between neighbours, per named dimension.
     """
-
-    provides: ClassVar[frozenset[str]] = frozenset({"linear", "vjp", "normal"}) | CLOSED_FORMS
 
     def __init__(
         self,
@@ -53,7 +51,7 @@ class Identity(SpectralOperator):
     def svd(self) -> SVD:
         """Return ``U = V = I`` with unit singular values on the shape of the domain."""
         s = self.one.expand(1, *self.domain.shape)
-        return SVD(s, _same, _same, _same, _same)
+        return SVD(s, unchanged, unchanged, unchanged, unchanged)
 
 
 class Matrix(SpectralOperator):
@@ -74,7 +72,6 @@ class Matrix(SpectralOperator):
         InvdiffError: If the matrix is not of rank 2 or 3, holds NaN or infinity, or does not fit the spaces.
     """
 
-    provides: ClassVar[frozenset[str]] = frozenset({"linear", "vjp", "normal"}) | CLOSED_FORMS
     _per_case = ("matrix",)
 
     def __init__(
@@ -142,10 +139,6 @@ class Matrix(SpectralOperator):
             uh=from_range,
             u=to_range,
         )
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 def _multiply(matrix: Tensor, x: Tensor) -> Tensor:

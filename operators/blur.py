@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from invdiff.errors import InvdiffError
 from invdiff.operator import SVD, apply_linear
 from invdiff.operators._fft import AXES, centred_fft, centred_ifft, hartley
 from invdiff.operators._parameters import as_parameter, as_space
-from invdiff.operators._spectral import CLOSED_FORMS, SpectralOperator, cut_small
+from invdiff.operators._spectral import SpectralOperator, cut_small
 from invdiff.spaces import Space
 
 
@@ -36,7 +36,6 @@ class Blur(SpectralOperator):
         InvdiffError: If the kernel is complex, not finite, all zero, of another rank, or larger than the image.
     """
 
-    provides: ClassVar[frozenset[str]] = frozenset({"linear", "vjp", "normal"}) | CLOSED_FORMS
     _per_case = ("kernel",)
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from torch import Tensor
 from invdiff.errors import InvdiffError
 from invdiff.operator import SVD, apply_linear
 from invdiff.operators._fft import AXES, centred_fft, centred_ifft, hartley, phases, reflect
-from invdiff.operators._parameters import as_mask, as_space, broadcast_mask, require_samples
-from invdiff.operators._spectral import CLOSED_FORMS, SpectralOperator, over
+from invdiff.operators._parameters import as_mask, as_space, fit_mask
+from invdiff.operators._spectral import SpectralOperator, over
 from invdiff.spaces import Space
 
 
@@ -36,7 +36,6 @@ class SubsampledFourier(SpectralOperator):
         InvdiffError: If the mask holds other values than 0 and 1, samples nothing, or does not fit the shape.
     """
 
-    provides: ClassVar[frozenset[str]] = frozenset({"linear", "vjp", "normal"}) | CLOSED_FORMS
     _per_case = ("mask",)
 
     def __init__(
@@ -59,8 +58,7 @@ class SubsampledFourier(SpectralOperator):
         self.range = Space(
             self.domain.shape, self.domain.real_dtype.to_complex(), ("channel", "ky", "kx"), self.domain.units
         )
-        self.mask = broadcast_mask(values, self.domain.shape).to(self.domain.real_dtype)
-        require_samples(self.mask)
+        self.mask = fit_mask(values, self.domain)
         super().__init__()
 
     @property

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from invdiff.operator import SVD
-from invdiff.operators._parameters import as_mask, as_space, broadcast_mask, require_samples
-from invdiff.operators._spectral import CLOSED_FORMS, SpectralOperator
+from invdiff.operators._parameters import as_mask, as_space, fit_mask
+from invdiff.operators._spectral import SpectralOperator, unchanged
 from invdiff.spaces import Space
 
 
@@ -32,7 +32,6 @@ class Mask(SpectralOperator):
         InvdiffError: If the mask holds other values than 0 and 1, samples nothing, or does not fit the shape.
     """
 
-    provides: ClassVar[frozenset[str]] = frozenset({"linear", "vjp", "normal"}) | CLOSED_FORMS
     _per_case = ("mask",)
 
     def __init__(
@@ -46,8 +45,7 @@ class Mask(SpectralOperator):
     ) -> None:
         values = as_mask(mask, torch.float32)
         self.domain = self.range = as_space(values.shape if shape is None else shape, dtype, units, spacing)
-        self.mask = broadcast_mask(values, self.domain.shape).to(self.domain.real_dtype)
-        require_samples(self.mask)
+        self.mask = fit_mask(values, self.domain)
         super().__init__()
 
     @property
@@ -72,8 +70,4 @@ class Mask(SpectralOperator):
             return x * self.mask
 
         s = self.mask.expand(self.mask.shape[0], *self.domain.shape)
-        return SVD(s, vh=_same, v=_same, uh=keep, u=keep)
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
+        return SVD(s, vh=unchanged, v=unchanged, uh=keep, u=keep)

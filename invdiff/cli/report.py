@@ -5,12 +5,11 @@ from __future__ import annotations
 import base64
 import html
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invdiff.errors import StoreError
+from invdiff.io.atomic import whole_file
 
 if TYPE_CHECKING:
     from invdiff.posterior import Posterior
@@ -26,28 +25,26 @@ details { margin-top: 1rem; } summary { cursor: pointer; color: #666; }
 """
 
 
-def write_report(posterior: Posterior, path: Path, facts: dict[str, Any]) -> Path:
+def write_report(posterior: Posterior, path: Path, facts: dict[str, Any], case: int = 0) -> Path:
     """Write a report as ``.png`` or ``.html``, whole or not at all.
 
     Args:
         posterior: What to report on.
         path: Where to; the suffix decides.
         facts: Names and values shown above the provenance of a page.
+        case: Which case is pictured.
     """
     from invdiff.figures import png_bytes, save_png, summary_figure
 
-    figure = summary_figure(posterior)
+    figure = summary_figure(posterior, case)
     if path.suffix.lower() == ".png":
         return save_png(figure, path)
     page = html_page(posterior, png_bytes(figure), facts)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)  # noqa: PTH105 (one call for both systems)
+        with whole_file(path) as temporary:
+            temporary.write_text(page, encoding="utf-8")
     except OSError as error:
         raise StoreError(f"{path} could not be written ({error.strerror}); nothing was left behind.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

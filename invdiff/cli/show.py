@@ -24,17 +24,13 @@ def show(
 ) -> None:
     """Print a summary of a posterior and draw it: mean, spread, interval width, two draws."""
     from invdiff.cli.report import write_report
-    from invdiff.figures import save_png, summary_figure
     from invdiff.posterior import Posterior
 
     target = output or Path(file.name).with_suffix(".png")
     check_output(target, (".png", ".html"), "The figure")
     with Posterior.open(file) as posterior:
         facts: dict[str, Any] = {**posterior.facts(), **totals(posterior)}
-        if target.suffix.lower() == ".html":
-            write_report(posterior, target, {})
-        else:
-            save_png(summary_figure(posterior, case), target)
+        write_report(posterior, target, {}, case)
         title = posterior.title
     if json:
         print_json({"title": title, "file": str(file), "figure": str(target), **facts})

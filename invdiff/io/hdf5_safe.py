@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from invdiff.errors import StoreError
+from invdiff.memory import readable_size
 
 #: Declared bytes above this are refused unless the caller asks for more.
 MAX_BYTES = 64 << 30
@@ -159,13 +160,14 @@ class _Inspector:
         self.declared += int(item.size or 0) * item.dtype.itemsize
         if self.declared > self.max_bytes:
             raise self._refuse(
-                f"declares {_size(self.declared)} of data at least, above the limit of {_size(self.max_bytes)}",
+                f"declares {readable_size(self.declared)} of data at least, "
+                f"above the limit of {readable_size(self.max_bytes)}",
                 "raise the limit if you trust it",
             )
         if self.declared > self.allowance:
             raise self._refuse(
-                f"declares {_size(self.declared)} of data at least, far more than its "
-                f"{_size(self.path.stat().st_size)} can hold",
+                f"declares {readable_size(self.declared)} of data at least, far more than its "
+                f"{readable_size(self.path.stat().st_size)} can hold",
                 "do not trust it",
             )
 
@@ -184,11 +186,3 @@ def _plain(dtype: Any) -> bool:
     if dtype.subdtype is not None:
         return _plain(dtype.subdtype[0])
     return dtype.kind in "biufcSU"
-
-
-def _size(n: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024:
-            return f"{n:.3g} {unit}"
-        n /= 1024
-    return f"{n:.3g} TiB"
