@@ -175,12 +175,18 @@ class Scaled(_Compound, LinearOperator):
     """``c A`` for a number ``c`` (complex only between complex spaces)."""
 
     def __init__(self, base: LinearOperator, factor: complex) -> None:
-        if isinstance(factor, complex) and factor.imag and not (base.domain.is_complex and base.range.is_complex):
+        try:
+            number = complex(factor)
+        except (TypeError, ValueError, RuntimeError):
+            raise InvdiffError(
+                f"{base.name} can be scaled by a number, not by {type(factor).__name__}; operators compose with @."
+            ) from None
+        if number.imag and not (base.domain.is_complex and base.range.is_complex):
             raise InvdiffError(f"A complex factor needs complex spaces, and {base.name} has a real one.")
-        if not math.isfinite(abs(factor)):
+        if not math.isfinite(abs(number)):
             raise InvdiffError(f"The factor of {base.name} must be finite, got {factor}.")
         self.parts = (base,)
-        self.factor = factor if isinstance(factor, complex) and factor.imag else float(factor.real)
+        self.factor = number if number.imag else number.real
         self.domain, self.range = base.domain, base.range
 
     @property
@@ -214,7 +220,11 @@ class Scaled(_Compound, LinearOperator):
 
 
 def _alike(parts: Sequence[LinearOperator], what: str) -> tuple[LinearOperator, ...]:
-    """Return the parts of a sum or a stack if their spaces agree."""
+    """Return the parts of a sum or a stack if they are linear and their spaces agree."""
+    for p in parts:
+        if not isinstance(p, LinearOperator):
+            found = p.name if isinstance(p, Operator) else type(p).__name__
+            raise InvdiffError(f"A {what} takes linear operators, and {found} is none.")
     for p in parts[1:]:
         for ours, first, name in ((p.domain, parts[0].domain, "domains"), (p.range, parts[0].range, "ranges")):
             if ours.shape != first.shape or ours.is_complex != first.is_complex:

@@ -273,10 +273,15 @@ def compose(outer: Operator, inner: Operator) -> Operator:
     """Return ``x -> outer(inner(x))``, linear where both parts are.
 
     Raises:
-        InvdiffError: If the range of ``inner`` is not the domain of ``outer``.
+        InvdiffError: If ``inner`` is no operator, or its range is not the domain of ``outer``.
     """
     from invdiff.algebra import Composed, ComposedLinear
 
+    if not isinstance(inner, Operator):
+        raise InvdiffError(
+            f"Cannot compose {outer.name} @ {type(inner).__name__}: @ joins two operators; "
+            "call the operator to apply it to a tensor, and scale it with *."
+        )
     if outer.domain.shape != inner.range.shape or outer.domain.is_complex != inner.range.is_complex:
         raise InvdiffError(
             f"Cannot compose {outer.name} @ {inner.name}: {inner.name} gives {inner.range}, "

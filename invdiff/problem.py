@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -215,5 +216,5 @@ class Problem:
         return (
             f"Problem: {self.n_cases} case(s){truth}\n"
             f"  y      {self.operator.range}\n  x      {self.operator.domain}\n"
-            f"  noise  {self.likelihood!r}\n  {self.operator!r}".replace("\n  domain", "\n    domain")
+            f"  noise  {self.likelihood!r}\n" + textwrap.indent(repr(self.operator), "  ")
         )

@@ -10,6 +10,8 @@ import torch
 
 from invdiff import operators as O
 from invdiff.errors import InvdiffError
+from invdiff.likelihoods import Gaussian
+from invdiff.problem import Problem
 from invdiff.spaces import Space
 
 MAPS = torch.ones(2, 4, 6, dtype=torch.complex64)
@@ -37,6 +39,11 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
         lambda: O.MultiCoilMRI(ONES.expand(3, 4, 6), MAPS.expand(2, 2, 4, 6)),
         "mask for 3 and coil_maps for 2",
     ),
+    "compose-number": (lambda: O.Mask(ONES) @ 3, "Cannot compose Mask @ int"),
+    "compose-tensor": (lambda: O.Mask(ONES) @ ONES, "call the operator to apply it"),
+    "sum-number": (lambda: O.Mask(ONES) + 3, "sum takes linear operators, and int"),
+    "scale-operator": (lambda: O.Mask(ONES) * O.Mask(ONES), "compose with @"),
+    "stack-number": (lambda: O.stack([O.Mask(ONES), 3]), "stack takes linear"),
     "matrix-rank": (lambda: O.Matrix(torch.ones(3)), r"expected \(m, n\)"),
     "matrix-nan": (lambda: O.Matrix(NAN), "NaN"),
     "matrix-domain": (lambda: O.Matrix(torch.ones(3, 4), (1, 5)), "needs 4"),
@@ -114,3 +121,9 @@ def test_public_names_load_lazily() -> None:
         assert callable(getattr(package, name))
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = package.Nothing
+
+
+def test_a_problem_prints_its_operator_one_level_in() -> None:
+    a = O.Mask(ONES)
+    problem = Problem.simulate(a, Gaussian(0.1), a.domain.randn(1), seed=0)
+    assert str(problem).splitlines()[4:] == [f"  {line}" for line in str(a).splitlines()]
