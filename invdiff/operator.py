@@ -23,11 +23,12 @@ from invdiff.tensors import Movable, take_rows, tensor_digest
 
 @dataclass(frozen=True)
 class SVD:
-    """Singular value decomposition ``A = U diag(s) V^H`` in as many coordinates as the domain has.
+    """Singular value decomposition ``A = U diag(s) V^H`` in at most as many coordinates as the domain has.
 
     Args:
         s: Singular values, shape ``(1 or N, *coordinates)``, zero on the null space.
-        vh: ``(B, *domain) -> (B, *coordinates)``, unitary; ``v`` is its inverse.
+        vh: ``(B, *domain) -> (B, *coordinates)`` with ``vh v = I``; unitary where there are as many coordinates as
+            the domain has, else without the part of the null space that ``v vh`` takes away.
         v: ``(B, *coordinates) -> (B, *domain)``.
         uh: ``(B, *range) -> (B, *coordinates)``: ``U^H y``, zero where ``s`` is zero.
         u: ``(B, *coordinates) -> (B, *range)``: ``U c``, which ignores coordinates where ``s`` is zero.

@@ -13,6 +13,16 @@ from torch import Tensor
 AXES = (-2, -1)
 
 
+def fft2(x: Tensor, norm: str = "backward") -> Tensor:
+    """Return ``torch.fft.fft2`` of ``(..., y, x)``; of no rows too, which some builds of torch refuse."""
+    return torch.fft.fft2(x, norm=norm) if x.numel() else x.to(x.dtype.to_complex())
+
+
+def ifft2(x: Tensor, norm: str = "backward") -> Tensor:
+    """Return ``torch.fft.ifft2`` of ``(..., y, x)``; of no rows too."""
+    return torch.fft.ifft2(x, norm=norm) if x.numel() else x.to(x.dtype.to_complex())
+
+
 def phases(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the input phase and the output phase, each ``(y, x)`` and of complex ``dtype``."""
     (in_y, out_y), (in_x, out_x) = (_phases_1d(n) for n in shape)
@@ -35,12 +45,12 @@ def _phases_1d(n: int) -> tuple[Tensor, Tensor]:
 
 def centred_fft(x: Tensor) -> Tensor:
     """Return the centred orthonormal FFT of ``(..., y, x)``."""
-    return torch.fft.fftshift(torch.fft.fft2(torch.fft.ifftshift(x, AXES), norm="ortho"), AXES)
+    return torch.fft.fftshift(fft2(torch.fft.ifftshift(x, AXES), norm="ortho"), AXES)
 
 
 def centred_ifft(k: Tensor) -> Tensor:
     """Return the inverse of :func:`centred_fft`."""
-    return torch.fft.fftshift(torch.fft.ifft2(torch.fft.ifftshift(k, AXES), norm="ortho"), AXES)
+    return torch.fft.fftshift(ifft2(torch.fft.ifftshift(k, AXES), norm="ortho"), AXES)
 
 
 def hartley(x: Tensor) -> Tensor:

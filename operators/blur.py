@@ -83,6 +83,8 @@ class Blur(SpectralOperator):
     def _filter(self, x: Tensor, h: Tensor) -> Tensor:
         """Multiply the spectrum by ``h``, which is half a spectrum for real images."""
         x = self._enter(x, self.domain)
+        if not x.numel():  # some builds of torch refuse to transform no rows
+            return x
         h = h.reshape(h.shape[0], *([1] * (x.ndim - 3)), *h.shape[-2:])
         if self.domain.is_complex:
             return torch.fft.ifft2(torch.fft.fft2(x) * h)

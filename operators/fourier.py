@@ -10,7 +10,7 @@ from torch import Tensor
 
 from invdiff.errors import InvdiffError
 from invdiff.operator import SVD, apply_linear
-from invdiff.operators._fft import AXES, centred_fft, centred_ifft, hartley, phases, reflect
+from invdiff.operators._fft import AXES, centred_fft, centred_ifft, fft2, hartley, ifft2, phases, reflect
 from invdiff.operators._parameters import as_mask, as_space, fit_mask
 from invdiff.operators._spectral import SpectralOperator, over
 from invdiff.spaces import Space
@@ -68,11 +68,11 @@ class SubsampledFourier(SpectralOperator):
 
     def _forward(self, x: Tensor) -> Tensor:
         before, weights, _ = self._derived(_factors)
-        return torch.fft.fft2(self._enter(x, self.domain) * before, norm="ortho") * weights
+        return fft2(self._enter(x, self.domain) * before, norm="ortho") * weights
 
     def _adjoint(self, y: Tensor) -> Tensor:
         before, weights, _ = self._derived(_factors)
-        x = torch.fft.ifft2(self._enter(y, self.range) * weights.conj(), norm="ortho") * before.conj()
+        x = ifft2(self._enter(y, self.range) * weights.conj(), norm="ortho") * before.conj()
         return x if self.domain.is_complex else x.real
 
     def normal(self, x: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class SubsampledFourier(SpectralOperator):
 
     def _normal(self, x: Tensor) -> Tensor:
         _, _, bare = self._derived(_factors)
-        out = torch.fft.ifft2(torch.fft.fft2(self._enter(x, self.domain)) * bare)
+        out = ifft2(fft2(self._enter(x, self.domain)) * bare)
         return out if self.domain.is_complex else out.real
 
     def svd(self) -> SVD:

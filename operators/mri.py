@@ -10,7 +10,7 @@ from torch import Tensor
 
 from invdiff.errors import InvdiffError
 from invdiff.operator import SVD, apply_linear
-from invdiff.operators._fft import AXES, phases
+from invdiff.operators._fft import AXES, fft2, ifft2, phases
 from invdiff.operators._parameters import as_mask, as_parameter, require_samples
 from invdiff.operators._readout import ReadoutBlocks
 from invdiff.operators._spectral import CLOSED_FORMS, SpectralOperator
@@ -92,11 +92,11 @@ class MultiCoilMRI(SpectralOperator):
     def _forward(self, x: Tensor) -> Tensor:
         before, weights, _, _ = self._derived(_factors)
         x = self._enter(x, self.domain) * before
-        return torch.fft.fft2(x * self.coil_maps, norm="ortho").mul_(weights)
+        return fft2(x * self.coil_maps, norm="ortho").mul_(weights)
 
     def _adjoint(self, y: Tensor) -> Tensor:
         before, weights, _, conj_maps = self._derived(_factors)
-        k = torch.fft.ifft2(self._enter(y, self.range) * weights.conj(), norm="ortho")
+        k = ifft2(self._enter(y, self.range) * weights.conj(), norm="ortho")
         return k.mul_(conj_maps).sum(1, keepdim=True).mul_(before.conj())
 
     def normal(self, x: Tensor) -> Tensor:
@@ -126,10 +126,10 @@ class MultiCoilMRI(SpectralOperator):
             return c * self.mask
 
         def v(c: Tensor) -> Tensor:
-            return torch.fft.ifft2(c * after.conj(), norm="ortho") * conj_maps * before.conj()
+            return ifft2(c * after.conj(), norm="ortho") * conj_maps * before.conj()
 
         def vh(x: Tensor) -> Tensor:
-            return torch.fft.fft2(x * before * self.coil_maps, norm="ortho") * after
+            return fft2(x * before * self.coil_maps, norm="ortho") * after
 
         s = self.mask.expand(self.mask.shape[0], *self.domain.shape)
         return SVD(s, vh=vh, v=v, uh=keep, u=keep)
@@ -193,8 +193,8 @@ def _as_kspace_mask(value: Any, image: tuple[int, int], dtype: torch.dtype) -> T
 
 
 def _fused_normal(x: Tensor, maps: Tensor, bare_mask: Tensor, conj_maps: Tensor) -> Tensor:
-    k = torch.fft.fft2(x * maps).mul_(bare_mask)
-    return torch.fft.ifft2(k).mul_(conj_maps).sum(1, keepdim=True)
+    k = fft2(x * maps).mul_(bare_mask)
+    return ifft2(k).mul_(conj_maps).sum(1, keepdim=True)
 
 
 def _factors(operator: MultiCoilMRI) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -172,6 +172,8 @@ class Circulant(Covariance):
 
     def to_basis(self, v: Tensor) -> Tensor:
         """Return the Hartley coefficients."""
+        if not v.numel():  # some builds of torch refuse to transform no rows
+            return v
         f = torch.fft.fftn(v, dim=self._axes, norm="ortho")
         return f.real - f.imag
 
@@ -185,6 +187,8 @@ class Circulant(Covariance):
 
     def filter(self, v: Tensor, weights: Tensor) -> Tensor:
         """Return the field with every mode weighted, by one real FFT and back."""
+        if not v.numel():
+            return v
         half = weights[..., : self.shape[-1] // 2 + 1]
         f = torch.fft.rfftn(v, dim=self._axes, norm="ortho")
         return torch.fft.irfftn(half * f, s=self.shape[1:], dim=self._axes, norm="ortho")
