@@ -26,9 +26,12 @@ if TYPE_CHECKING:
     from invdiff.samplers.enkg import EnKG
     from invdiff.samplers.heun import Heun
     from invdiff.samplers.mcgdiff import MCGDiff
+    from invdiff.samplers.lgd import LGD
     from invdiff.samplers.pigdm import PiGDM
     from invdiff.samplers.pnpdm import PnPDM
     from invdiff.samplers.reddiff import REDdiff
+    from invdiff.samplers.scg import SCG
+    from invdiff.samplers.tds import TDS
     from invdiff.samplers.tmpd import TMPD
 
 _CLASSES = {
@@ -44,9 +47,12 @@ _CLASSES = {
     "dds": "DDS",
     "reddiff": "REDdiff",
     "pnpdm": "PnPDM",
+    "lgd": "LGD",
     "mcgdiff": "MCGDiff",
+    "tds": "TDS",
     "eki": "EKI",
     "enkg": "EnKG",
+    "scg": "SCG",
 }
 
 
@@ -119,7 +125,9 @@ __all__ = [
     "DDS",
     "DPS",
     "EKI",
+    "LGD",
     "REGISTRY",
+    "SCG",
     "TMPD",
     "Certified",
     "DPMpp",
