@@ -8,6 +8,7 @@
 ``MultiCoilMRI``      Cartesian parallel MRI: coil maps, centred FFT, k-space mask
 ``Blur``              circular convolution with a kernel
 ``GaussianBlur``      circular convolution with a periodised Gaussian
+``SumOf``             data of several unknowns at once, for joint priors
 ``compose``, ``stack``  the algebra, besides ``@``, ``+``, ``-``, ``*`` and ``.H``
 ====================  ===========================================================================
 """
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from invdiff.operator import compose, stack
     from invdiff.operators.basic import Identity, Matrix
     from invdiff.operators.blur import Blur, GaussianBlur
+    from invdiff.operators.components import SumOf
     from invdiff.operators.fourier import SubsampledFourier
     from invdiff.operators.mask import Mask
     from invdiff.operators.mri import MultiCoilMRI
@@ -33,6 +35,7 @@ _HOMES = {
     "Matrix": "invdiff.operators.basic",
     "MultiCoilMRI": "invdiff.operators.mri",
     "SubsampledFourier": "invdiff.operators.fourier",
+    "SumOf": "invdiff.operators.components",
     "compose": "invdiff.operator",
     "stack": "invdiff.operator",
 }
@@ -45,6 +48,7 @@ __all__ = [
     "Matrix",
     "MultiCoilMRI",
     "SubsampledFourier",
+    "SumOf",
     "compose",
     "stack",
 ]

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from invdiff.priors.gaussian import Gaussian as Gaussian
     from invdiff.priors.gaussian import StationaryGaussian as StationaryGaussian
     from invdiff.priors.gaussian import power_law_spectrum as power_law_spectrum
+    from invdiff.priors.joint import Joint as Joint
     from invdiff.priors.mixture import GaussianMixture as GaussianMixture
 
 _HOME = {
@@ -16,6 +17,7 @@ _HOME = {
     "StationaryGaussian": "gaussian",
     "power_law_spectrum": "gaussian",
     "GaussianMixture": "mixture",
+    "Joint": "joint",
     "load": "library",
     "available": "library",
     "card": "library",
