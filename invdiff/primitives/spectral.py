@@ -14,8 +14,9 @@ from invdiff.spaces import per_row
 def spectrum(problem: Problem) -> tuple[SVD, Tensor, Tensor]:
     """Return ``A = U diag(s) V^H`` and the data as ``ybar_i ~ N((V^H x)_i, level_i^2)``.
 
-    ``ybar = s^+ U^H y`` and ``level = sigma / s``; where ``s`` is 0 they are 0 and infinity, and with noiseless data
-    ``level`` is 0 elsewhere. Both have the shape of the coordinates, a leading axis of 1 or B rows included.
+    ``ybar = s^+ U^H y`` and ``level = sigma / s``; where ``s`` is 0 they are 0 and infinity, and with noiseless
+    data ``level`` is 0 elsewhere. Both have the shape of the coordinates, a leading axis of 1 or B rows
+    included.
 
     Raises:
         InvdiffError: If the noise level varies within a case, which no singular coordinate can carry.
