@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from invdiff import bridge, likelihoods, operators, priors, problems, reference, samplers, testing
     from invdiff.callbacks import Callback, StopWhen, Trace
     from invdiff.certifying import certify
+    from invdiff.choosing import suggest
+    from invdiff.comparing import compare
     from invdiff.driver import sample
     from invdiff.errors import InvdiffError
     from invdiff.posterior import Posterior, open_posterior
@@ -40,6 +42,8 @@ _NAMES = {
     "StopWhen": "callbacks",
     "Trace": "callbacks",
     "certify": "certifying",
+    "suggest": "choosing",
+    "compare": "comparing",
     "sample": "driver",
     "InvdiffError": "errors",
     "Posterior": "posterior",
@@ -78,6 +82,7 @@ __all__ = [
     "Trace",
     "bridge",
     "certify",
+    "compare",
     "likelihoods",
     "open_posterior",
     "operators",
@@ -86,5 +91,6 @@ __all__ = [
     "reference",
     "sample",
     "samplers",
+    "suggest",
     "testing",
 ]

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from invdiff import tables
 from invdiff.errors import InvdiffError
 from invdiff.honesty import Measured, measured
 
@@ -42,50 +43,90 @@ class Choice:
         return counts[0] if counts else math.nan
 
     @property
+    def bias(self) -> float | None:
+        """Largest mean error over the exact fields, in posterior standard deviations, where it was measured."""
+        return None if self.measured is None else self.measured.bias
+
+    @property
+    def width(self) -> float | None:
+        """Ratio of standard deviations on measured directions, where measured; a point estimate has none."""
+        return None if self.measured is None or self.sampler.kind == "point" else self.measured.width
+
+    @property
+    def note(self) -> str:
+        """What it lacks, or that nothing is known of it."""
+        if self.missing:
+            return "needs " + ", ".join(self.missing)
+        if self.bias is None:
+            return "not measured"
+        if self.sampler.kind == "point":
+            return "no spread"
+        assert self.measured is not None
+        return "width is wrong" if self.measured.wrong_width else ""
+
+    @property
     def penalty(self) -> float:
         """Larger of bias and |log width| on the worst field, which sorts the list; infinite if unmeasured."""
-        if self.measured is None or self.measured.width is None or self.measured.bias is None:
+        if self.bias is None:
             return math.inf
-        return max(self.measured.bias, abs(math.log(max(self.measured.width, 1e-9))))
+        return max(self.bias, 0.0 if self.width is None else abs(math.log(max(self.width, 1e-9))))
 
 
 class Suggestion(list[Choice]):
     """Choices, best first: those that can run, by measured honesty; then those that cannot."""
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return plain values, one dictionary per sampler."""
-        out = []
-        for c in self:
-            m = c.measured
-            out.append(
-                {
-                    "name": c.sampler.name,
-                    "title": c.sampler.title,
-                    "kind": c.sampler.kind,
-                    "exactness": c.sampler.exactness,
-                    "runs": c.runs,
-                    "missing": list(c.missing),
-                    "network_passes_per_draw": c.cost,
-                    "bias": None if m is None else m.bias,
-                    "width_on_measured_directions": None if m is None else m.width,
-                    "measured_setting": None if m is None else m.setting,
-                }
-            )
-        return out
+        """Return plain values, one dictionary per sampler; None where nothing was measured."""
+        return [
+            {
+                "name": c.sampler.name,
+                "title": c.sampler.title,
+                "kind": c.sampler.kind,
+                "exactness": c.sampler.exactness,
+                "runs": c.runs,
+                "missing": list(c.missing),
+                "network_passes_per_draw": None if math.isnan(c.cost) else c.cost,
+                "bias": c.bias,
+                "width_on_measured_directions": c.width,
+                "measured_setting": None if c.measured is None else c.measured.setting,
+                "note": c.note,
+            }
+            for c in self
+        ]
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Return headers and cells."""
+        cells = [
+            [
+                c.sampler.name,
+                c.sampler.kind,
+                "yes" if c.runs else "no",
+                _cell(c.cost, ".0f"),
+                _cell(c.bias, ".2f"),
+                _cell(c.width, ".2f"),
+                c.note,
+            ]
+            for c in self
+        ]
+        return ["sampler", "kind", "runs", "passes", "bias", "width", "note"], cells
 
     def __repr__(self) -> str:
-        lines = [f"{'sampler':<14}{'kind':<11}{'passes':>7}{'bias':>8}{'width':>8}  note"]
-        for r in self.rows():
-            note = "" if r["runs"] else "needs " + ", ".join(r["missing"])
-            if r["runs"] and (r["measured_setting"] is None or r["bias"] is None):
-                note = "not measured"
-            passes = "–" if math.isnan(r["network_passes_per_draw"]) else f"{r['network_passes_per_draw']:.0f}"
-            bias = "–" if r["bias"] is None else f"{r['bias']:.2f}"
-            width = (
-                "–" if r["width_on_measured_directions"] is None else f"{r['width_on_measured_directions']:.2f}"
-            )
-            lines.append(f"{r['name']:<14}{r['kind']:<11}{passes:>7}{bias:>8}{width:>8}  {note}".rstrip())
-        return "\n".join(lines)
+        return tables.text(*self.table())
+
+    def _repr_html_(self) -> str:
+        return tables.to_html(*self.table(), [LEGEND])
+
+
+#: What the columns of a suggestion mean.
+LEGEND = (
+    "passes: network passes per draw, a reverse pass counting as two; bias: mean error in exact posterior "
+    "standard deviations; width: share of the right standard deviation on measured directions, where it is worst. "
+    "Both were measured on exact posteriors, not on this problem."
+)
+
+
+def _cell(value: float | None, spec: str) -> str:
+    return tables.NONE if value is None or math.isnan(value) else format(value, spec)
 
 
 def suggest(problem: Problem, prior: Prior) -> Suggestion:

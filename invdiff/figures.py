@@ -6,6 +6,7 @@ shown as magnitudes. Maps are grey for images and viridis for spreads, both read
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from invdiff import honesty
 from invdiff.errors import NonFiniteError
 from invdiff.loop import ADVICE, Loop
 from invdiff.problem import Problem
@@ -146,6 +147,7 @@ def _provenance(loop: Loop) -> dict[str, Any]:
         "numpy": np.__version__,
         "sampler_kind": plan.sampler.kind,
         "sampler_exactness": plan.sampler.exactness,
+        **honesty.facts(plan.sampler),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
         "precision": f"state {plan.dtype}, network {plan.target.prior.denoiser.dtype}",
         "max_batch": loop.batch,

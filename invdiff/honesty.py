@@ -76,6 +76,30 @@ class Measured:
             f"width on measured directions: {listed}{other}."
         )
 
+    def warning(self) -> str:
+        """Return in one short sentence that the width is wrong; meant for where `wrong_width` says so."""
+        ratios = self.on_fields("std_ratio_measured")
+        where = next(name for name, ratio in ratios.items() if ratio == self.width)
+        what = "narrow" if ratios[where] < 1 else "wide"
+        other = "" if self.matches else "; the nearest settings measured"
+        return (
+            f"The spread is likely too {what}: on exact posteriors draws had {ratios[where]:.2f} of the right "
+            f"width on measured directions ({self.sampler} {self.setting}, {where} field{other})."
+        )
+
+
+def facts(sampler: Sampler) -> dict[str, str]:
+    """Return what a result says of its sampler: ``measured``, and ``width_warning`` where the width is wrong.
+
+    A point estimate has no width to speak of, and draws from the prior have nothing measured.
+    """
+    if sampler.kind == "point" or not sampler.conditional:
+        return {}
+    found = measured(sampler)
+    if found is None:
+        return {"measured": Measured(sampler.name, "", False, {}).sentence()}
+    return {"measured": found.sentence(), **({"width_warning": found.warning()} if found.wrong_width else {})}
+
 
 @functools.cache
 def _table() -> dict[str, Any]:
@@ -83,15 +107,18 @@ def _table() -> dict[str, Any]:
 
 
 def measured(sampler: Sampler) -> Measured | None:
-    """Return the figures of a sampler at its configuration, else at the first one measured; None without any.
+    """Return the figures of a sampler at its configuration, else at the nearest one measured; None without any.
 
-    The number of draws, the seed and the device do not matter to the match; every setting does.
+    Nearest is the one with the most settings in common, the first of several. The number of draws, the seed and
+    the device do not matter; every setting does.
     """
     rows: dict[str, Any] = _table().get(sampler.name, {})
     config = json.loads(json.dumps(dataclasses.asdict(sampler)))
-    for setting, row in rows.items():
-        if row["config"] == config:
-            return Measured(sampler.name, setting, True, row["figures"])
-    for setting, row in rows.items():
-        return Measured(sampler.name, setting, False, row["figures"])
-    return None
+
+    def common(setting: str) -> int:
+        return sum(config.get(key) == value for key, value in rows[setting]["config"].items())
+
+    if not rows:
+        return None
+    best = max(rows, key=common)
+    return Measured(sampler.name, best, rows[best]["config"] == config, rows[best]["figures"])

@@ -85,6 +85,11 @@ class Posterior:
         return decode_attrs(self.tree["provenance"].attrs)
 
     @property
+    def width_warning(self) -> str:
+        """What is known to be wrong about the spread, from exact posteriors; empty where nothing is."""
+        return "" if self.kind == "point" else str(self.provenance.get("width_warning", ""))
+
+    @property
     def is_complex(self) -> bool:
         """Whether images are complex."""
         return "x_re" in self._home
@@ -260,6 +265,8 @@ class Posterior:
             out["seed"] = str(provenance["seed"])
         if self.status != "complete":
             out["status"] = self.status
+        if self.width_warning:
+            out["caution"] = self.width_warning
         return out
 
     @property

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from invdiff import __version__
-from invdiff.cli import demo, guard, priors, reconstruct, samplers, show, train
+from invdiff.cli import compare, demo, guard, priors, reconstruct, samplers, show, train
 
 app = typer.Typer(
     name="invdiff",
@@ -37,6 +37,7 @@ def _root(
 
 app.command("demo")(demo.demo)
 app.command("reconstruct")(reconstruct.reconstruct)
+app.command("compare")(compare.compare)
 app.command("show")(show.show)
 app.command("samplers")(samplers.samplers)
 app.add_typer(priors.app, name="priors")
