@@ -83,12 +83,12 @@ class DeqIR(Sampler):
         history = torch.stack([torch.zeros_like(chain)] * self.memory, 1)
         moving = torch.ones(rows, dtype=ctx.dtype, device=ctx.device)
         return {
-            "x": chain[:, -1],
+            "x": chain[:, -1].clone(),
             "start": start,
             "noise": noise,
             "chain": chain,
             "points": history,
-            "images": history,
+            "images": history.clone(),
             "moving": moving,
         }
 
@@ -115,6 +115,11 @@ class DeqIR(Sampler):
             "images": images,
             "moving": moving * far,
         }
+
+    def finish(self, state: State, ctx: Context) -> Tensor:
+        """Return the images at level 0; a chain that is not finite at some level has none."""
+        sound = torch.isfinite(state["chain"]).flatten(1).all(1)
+        return torch.where(per_row(sound, state["x"]) > 0, state["x"], torch.nan)
 
     def _sweep(self, state: State, ctx: Context) -> Tensor:
         """Denoise all levels of the old chain at once and run the recursion."""
