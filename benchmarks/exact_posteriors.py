@@ -34,21 +34,33 @@ FIELDS = [("mask", 32), ("fourier", 32), ("blur", 32), ("mask", 64), ("fourier",
 MIXTURES = [(8, 1), (8, 2), (8, 4), (80, 1), (80, 2), (80, 4)]
 MIXTURE_SEEDS = range(10)
 FIELD_DRAWS, MIXTURE_DRAWS = 256, 2000
-#: The default, the published setting, and one tuned on other draws of these problems; the names are in the tables.
-ROWS: dict[str, dict[str, str | None]] = {
-    "certified": {"default": None},
-    "tmpd": {"default": None, "published": "first-order"},
-    "dds": {"default": None, "published": "published", "tuned": "tuned"},
-    "diffpir": {"default": None, "published": "published", "tuned": "tuned"},
-    "pigdm": {"default": None, "published": "published"},
-    "daps": {"default": None, "published": "published", "tuned": "tuned"},
-    "dps": {"default": None, "published": "published", "tuned": "tuned"},
-    "reddiff": {"published": "published", "tuned": "tuned"},
-}
-#: Rows too expensive for two cores beyond the first field (thousands of Langevin moves or VJPs per draw).
-EXPENSIVE = {("daps", "published"), ("tmpd", "published")}
-#: Rows that mixtures leave out: the chain keeps the mode weights of its start (see ``tds`` for mixtures).
+#: Rows too expensive for two cores beyond the first field: thousands of moves, VJPs or candidates a draw.
+EXPENSIVE = {("daps", "published"), ("tmpd", "published"), ("lgd", "published"), ("scg", "default")}
+#: Samplers that mixtures leave out: the chain keeps the mode weights of its start (see ``tds`` for mixtures).
 FIELDS_ONLY = {"certified"}
+#: Samplers of volumes, which have no such problem here.
+VOLUMES = {"dds3d", "mbir"}
+#: Presets that are the published setting under another name.
+PUBLISHED = {"tmpd": "first-order"}
+
+
+def settings_of(name: str) -> dict[str, str | None]:
+    """The rows of a sampler: its default, the published setting and the tuned one, as far as they differ."""
+    cls = samplers.REGISTRY[name]
+    wanted = {"published": PUBLISHED.get(name, "published"), "tuned": "tuned"}
+    rows: dict[str, str | None] = {}
+    for setting, preset in wanted.items():
+        if preset in cls.presets:
+            rows[setting] = preset
+    if all(samplers.get(name, preset=preset) != cls() for preset in rows.values()):
+        rows = {"default": None, **rows}
+    return rows
+
+
+#: Sampler to setting to preset.
+ROWS = {
+    name: settings_of(name) for name, cls in samplers.REGISTRY.items() if cls.conditional and name not in VOLUMES
+}
 FIGURES = (
     ("mean_error", "mean error"),
     ("std_ratio", "std ratio"),
