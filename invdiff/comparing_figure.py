@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _TITLES = {"mean": "mean", "draw": "one draw", "std": "standard deviation", "error": "|mean - truth|"}
 _GREY = ("mean", "draw")
 #: How many times the usual largest value the scale reaches.
-_BEYOND = 2.5
+_BEYOND = 1.5
 
 
 def comparison_figure(comparison: Comparison, case: int = 0) -> Figure:

@@ -83,8 +83,8 @@ class Measured:
         what = "narrow" if ratios[where] < 1 else "wide"
         other = "" if self.matches else "; the nearest settings measured"
         return (
-            f"The spread is likely too {what}: on exact posteriors draws had {ratios[where]:.2f} of the right "
-            f"width on measured directions ({self.sampler} {self.setting}, {where} field{other})."
+            f"The spread is likely too {what} along measured directions: on exact posteriors draws had "
+            f"{ratios[where]:.2f} of the right width there ({self.sampler} {self.setting}, {where} field{other})."
         )
 
 

@@ -337,6 +337,9 @@ class TestCommandLine:
         given = ("--coil-maps", "maps.npy", "--steps", 2, "--draws", 2, "--device", "cpu")
         return ("scan.npy", *given, *words)
 
+    def test_help(self, folder):
+        assert "--samplers" in self.invoke("--help").stdout
+
     def test_table_and_files(self, folder):
         text = self.invoke(*self.fast("--samplers", "dds,dds:published,mcgdiff", "--output", "out")).stdout
         assert "dds published" in text and "not run" in text and "mcgdiff needs" in text and "predicted" in text
