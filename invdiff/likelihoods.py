@@ -1,4 +1,4 @@
-"""Noise models: Gaussian, correlated Gaussian, Poisson, Poisson-Gaussian, Rician."""
+"""Noise models: Gaussian, correlated Gaussian, Poisson, Poisson-Gaussian, Rician; events."""
 
 from __future__ import annotations
 
@@ -10,13 +10,24 @@ from torch import Tensor
 from invdiff.errors import InvdiffError
 from invdiff.likelihood import Likelihood, positive, quadratic, real_count
 from invdiff.likelihoods_counts import Poisson, PoissonGaussian
+from invdiff.likelihoods_event import Event, EventProbability, event_probability
 from invdiff.likelihoods_magnitude import Rician
 from invdiff.operator import LinearOperator
 from invdiff.rng import Streams
 from invdiff.spaces import Space
 from invdiff.tensors import take_rows
 
-__all__ = ["CorrelatedGaussian", "Gaussian", "Poisson", "PoissonGaussian", "Rician", "Whitening"]
+__all__ = [
+    "CorrelatedGaussian",
+    "Event",
+    "EventProbability",
+    "Gaussian",
+    "Poisson",
+    "PoissonGaussian",
+    "Rician",
+    "Whitening",
+    "event_probability",
+]
 
 
 class Gaussian(Likelihood):

@@ -18,19 +18,31 @@ if TYPE_CHECKING:
     from invdiff.samplers.certified import Certified
     from invdiff.samplers.daps import DAPS
     from invdiff.samplers.ddim import DDIM
+    from invdiff.samplers.ddnm import DDNM
+    from invdiff.samplers.ddrm import DDRM
     from invdiff.samplers.dds import DDS
+    from invdiff.samplers.dds3d import DDS3D
+    from invdiff.samplers.deqir import DeqIR
     from invdiff.samplers.diffpir import DiffPIR
+    from invdiff.samplers.dmps import DMPS
+    from invdiff.samplers.dpg import DPG
     from invdiff.samplers.dpmpp import DPMpp
     from invdiff.samplers.dps import DPS
     from invdiff.samplers.eki import EKI
     from invdiff.samplers.enkg import EnKG
+    from invdiff.samplers.eventguided import EventGuided
     from invdiff.samplers.heun import Heun
-    from invdiff.samplers.mcgdiff import MCGDiff
+    from invdiff.samplers.ilvr import ILVR
     from invdiff.samplers.lgd import LGD
+    from invdiff.samplers.mbir import DiffusionMBIR
+    from invdiff.samplers.mcg import MCG
+    from invdiff.samplers.mcgdiff import MCGDiff
+    from invdiff.samplers.nrlg import NRLG
     from invdiff.samplers.pigdm import PiGDM
     from invdiff.samplers.pnpdm import PnPDM
     from invdiff.samplers.reddiff import REDdiff
     from invdiff.samplers.scg import SCG
+    from invdiff.samplers.scoreald import ScoreALD
     from invdiff.samplers.tds import TDS
     from invdiff.samplers.tmpd import TMPD
 
@@ -45,14 +57,26 @@ _CLASSES = {
     "daps": "DAPS",
     "diffpir": "DiffPIR",
     "dds": "DDS",
+    "dds3d": "DDS3D",
+    "mbir": "DiffusionMBIR",
     "reddiff": "REDdiff",
     "pnpdm": "PnPDM",
     "lgd": "LGD",
+    "eventguided": "EventGuided",
     "mcgdiff": "MCGDiff",
     "tds": "TDS",
     "eki": "EKI",
     "enkg": "EnKG",
     "scg": "SCG",
+    "dpg": "DPG",
+    "ddrm": "DDRM",
+    "ddnm": "DDNM",
+    "dmps": "DMPS",
+    "nrlg": "NRLG",
+    "mcg": "MCG",
+    "ilvr": "ILVR",
+    "scoreald": "ScoreALD",
+    "deqir": "DeqIR",
 }
 
 
@@ -122,21 +146,33 @@ def __dir__() -> list[str]:
 __all__ = [
     "DAPS",
     "DDIM",
+    "DDNM",
+    "DDRM",
     "DDS",
+    "DDS3D",
+    "DMPS",
+    "DPG",
     "DPS",
     "EKI",
+    "ILVR",
     "LGD",
+    "MCG",
+    "NRLG",
     "REGISTRY",
     "SCG",
     "TMPD",
     "Certified",
     "DPMpp",
+    "DeqIR",
     "DiffPIR",
+    "DiffusionMBIR",
     "EnKG",
+    "EventGuided",
     "Heun",
     "PiGDM",
     "PnPDM",
     "REDdiff",
+    "ScoreALD",
     "get",
     "register",
 ]
