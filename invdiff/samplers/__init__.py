@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from invdiff.samplers.eventguided import EventGuided
     from invdiff.samplers.heun import Heun
     from invdiff.samplers.ilvr import ILVR
+    from invdiff.samplers.lanpaint import LanPaint
     from invdiff.samplers.lgd import LGD
     from invdiff.samplers.mbir import DiffusionMBIR
     from invdiff.samplers.mcg import MCG
@@ -62,6 +63,7 @@ _CLASSES = {
     "reddiff": "REDdiff",
     "pnpdm": "PnPDM",
     "lgd": "LGD",
+    "lanpaint": "LanPaint",
     "eventguided": "EventGuided",
     "mcgdiff": "MCGDiff",
     "tds": "TDS",
@@ -169,6 +171,7 @@ __all__ = [
     "EnKG",
     "EventGuided",
     "Heun",
+    "LanPaint",
     "PiGDM",
     "PnPDM",
     "REDdiff",
