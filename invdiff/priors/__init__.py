@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from invdiff.priors.gaussian import power_law_spectrum as power_law_spectrum
     from invdiff.priors.joint import Joint as Joint
     from invdiff.priors.mixture import GaussianMixture as GaussianMixture
+    from invdiff.priors.slices import SlicePrior as SlicePrior
 
 _HOME = {
     "Gaussian": "gaussian",
@@ -18,6 +19,7 @@ _HOME = {
     "power_law_spectrum": "gaussian",
     "GaussianMixture": "mixture",
     "Joint": "joint",
+    "SlicePrior": "slices",
     "load": "library",
     "available": "library",
     "card": "library",
