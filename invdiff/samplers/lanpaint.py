@@ -7,13 +7,14 @@ Known coordinates are those that ``A`` sees, with projection ``P``; ``ybar = A^H
     known:    (D - x) / s^2 + (1 + lam_s) (ybar - D) / (s^2 + sigma^2)
 
 then one step of the outer chain with ``D`` drawn to the data, ``D + P (ybar - D) s^2 / (s^2 + sigma^2)``. The
-known part is driven beyond the data by ``lam`` times what ``D`` is off, so that the unknown part feels the data and
-not only their noised copy. Without noise it is the published drift, ``((1 + lam)(ybar - x) - lam (D - x)) / s^2``.
-``lam_s = lam (s^2 / (s^2 + sigma^2))^2`` fades out below the noise, where the moves have the posterior as their law.
+known part is driven beyond the data by ``lam`` times what ``D`` is off, so that the unknown part feels the data
+and not only their noised copy. Without noise this is the published drift ``((1 + lam)(ybar - x) - lam (D - x)) /
+s^2``. ``lam_s = lam (s^2 / (s^2 + sigma^2))^2`` fades out below the noise of the data, where the law of the moves
+is the posterior.
 
 Differences from the published code: noisy data (the code knows ``sigma = 0`` only); any ``A`` with ``A^H A =
-c^2 P`` (masks in image or Fourier space), found out by applying ``A^H A`` twice; variance-exploding frame, where the
-step over ``s^2`` is the same number; moves by the scheme of Leimkuhler and Matthews, whose width is exact for
+c^2 P`` (masks in image or Fourier space), found out by applying ``A^H A`` twice; variance-exploding frame, where
+the step over ``s^2`` is the same number; moves by the scheme of Leimkuhler and Matthews, whose width is exact for
 Gaussians, in place of the Ornstein-Uhlenbeck integrator with frozen drift (``order=1``); stochastic outer step of
 second order.
 """
@@ -94,7 +95,7 @@ class LanPaint(Sampler):
         problem, a, gain2 = ctx.measured, _linear(ctx.measured), per_row(state["gain2"], state["x"])
         share = s * s / (s * s + per_row(problem.sigma(x).reshape(-1), x) ** 2 / gain2)
         over = 1 + self.lam * share**2
-        h = torch.as_tensor(self.step_size)
+        h = torch.as_tensor(self.step_size, dtype=gain2.dtype)
         h_known = self.beta * h
         if self.order == 2:
             pull, pull_known, width, width_known = h, h_known, (h / 2).sqrt(), (h_known / 2).sqrt()
