@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from invdiff.samplers.dps import DPS
     from invdiff.samplers.eki import EKI
     from invdiff.samplers.enkg import EnKG
+    from invdiff.samplers.ensemblescore import EnsembleScore
     from invdiff.samplers.eventguided import EventGuided
     from invdiff.samplers.heun import Heun
     from invdiff.samplers.ilvr import ILVR
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from invdiff.samplers.scg import SCG
     from invdiff.samplers.scoreald import ScoreALD
     from invdiff.samplers.tds import TDS
+    from invdiff.samplers.sitcom import SITCOM
     from invdiff.samplers.tmpd import TMPD
 
 _CLASSES = {
@@ -64,6 +66,7 @@ _CLASSES = {
     "pnpdm": "PnPDM",
     "lgd": "LGD",
     "lanpaint": "LanPaint",
+    "sitcom": "SITCOM",
     "eventguided": "EventGuided",
     "mcgdiff": "MCGDiff",
     "tds": "TDS",
@@ -79,6 +82,7 @@ _CLASSES = {
     "ilvr": "ILVR",
     "scoreald": "ScoreALD",
     "deqir": "DeqIR",
+    "ensemblescore": "EnsembleScore",
 }
 
 
@@ -162,6 +166,7 @@ __all__ = [
     "NRLG",
     "REGISTRY",
     "SCG",
+    "SITCOM",
     "TMPD",
     "Certified",
     "DPMpp",
@@ -169,6 +174,7 @@ __all__ = [
     "DiffPIR",
     "DiffusionMBIR",
     "EnKG",
+    "EnsembleScore",
     "EventGuided",
     "Heun",
     "LanPaint",
