@@ -11,9 +11,9 @@ step from ``x`` to ``x0`` with ``eta``. The noises ``z_k`` are drawn once, befor
 ``r = inf``, which fits the data exactly, noise included; else ``r^2 = r0^2 s^2 / (r0^2 + s^2)``.
 
 One step of the driver is one iteration: Anderson's next chain from the last ``memory`` ones. A draw stops when
-its chain moves by less than ``tol``. The fixed point is what the sequential sampler gives; without acceleration
-``steps`` iterations reach it exactly. It pays where one call with ``steps`` rows is faster than ``steps`` calls
-in a row; the evaluations are counted in full.
+its chain moves by less than ``tol``. The fixed point is what the sequential sampler gives, and ``steps``
+iterations always reach it: each makes one more level exact, which is kept out of the mixing. It pays where one
+call with ``steps`` rows is faster than ``steps`` calls in a row; the evaluations are counted in full.
 
 Differences from the published code: ``D_k`` is held in an iteration, not ``eps_k``, with which noisy chains do
 not converge; residuals and stops are per draw, level by level in units of ``sqrt(r0^2 + s^2)``; every level has
@@ -104,6 +104,7 @@ class DeqIR(Sampler):
         points, images = state["points"].clone(), state["images"].clone()
         points[:, slot], images[:, slot] = chain / unit, image / unit
         new = anderson(points[:, :filled], images[:, :filled]) * unit
+        new[:, : k + 1] = image[:, : k + 1]  # exact by now, as in plain iteration: k + 1 levels after k + 1 sweeps
         far = norm((image - chain) / unit) > self.tol * norm(image / unit)
         new = torch.where(per_row(moving * far, chain) > 0, new, image)
         live = per_row(moving, chain) > 0

@@ -38,7 +38,8 @@ class DMPS(Sampler):
     reference: ClassVar[str] = "Meng, Kabashima, ACML 2024, arXiv:2211.12343"
     requires: ClassVar[frozenset[str]] = frozenset({"linear", "quadratic"})
     presets: ClassVar = {
-        "published": {"lam": 1.75, "order": 1, "steps": 1000, "schedule": "vp", "sigma_min": None}
+        "published": {"lam": 1.75, "order": 1, "steps": 1000, "schedule": "vp", "sigma_min": None},
+        "tuned": {"lam": 1.75},
     }
 
     steps: int = 200
