@@ -48,12 +48,13 @@ class MCG(Sampler):
     reference: ClassVar[str] = "Chung, Sim, Ryu, Ye, NeurIPS 2022, arXiv:2206.00941"
     requires: ClassVar[frozenset[str]] = frozenset({"linear", "quadratic", "denoiser-vjp"})
     presets: ClassVar = {
-        "published": {"hard": True, "order": 1},
-        "tuned": {"steps": 100, "schedule": "geometric", "sigma_min": 0.01},
+        "published": {"hard": True, "order": 1, "steps": 1000, "schedule": "vp", "sigma_min": None},
+        "tuned": {},  # the defaults
     }
 
-    steps: int = 1000
-    schedule: Literal["edm", "geometric", "vp", "vp-quadratic"] = "vp"
+    steps: int = 100
+    schedule: Literal["edm", "geometric", "vp", "vp-quadratic"] = "geometric"
+    sigma_min: float | None = 0.01
     zeta: float = 1.0
     hard: bool = False
     order: Literal[1, 2] = 2

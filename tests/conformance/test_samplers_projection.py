@@ -198,7 +198,7 @@ def test_deqir_is_exact_after_as_many_iterations_as_levels_even_where_mixing_has
 
 
 def test_deqir_draws_as_wide_as_a_sequential_sampler():
-    figures = grade("fourier", samplers.DeqIR(steps=25, tol=1e-2))
+    figures = grade("fourier", samplers.DeqIR(steps=25))
     assert figures["mean_error"] < 0.18
     assert 0.91 < figures["std_ratio"] < 1.0 and 0.84 < figures["std_ratio_measured"] < 0.97
 
