@@ -1,6 +1,4 @@
-"""What samplers share: transitions between noise levels, Gaussian solves, Markov chain moves, particles,
-ensemble Kalman increments, Adam.
-"""
+"""What samplers share: transitions, Gaussian solves, Markov chain moves, particles, Kalman increments, Adam."""
 
 from invdiff.primitives.ensemble import kalman_increment
 from invdiff.primitives.mcmc import hmc, langevin, mala
@@ -8,7 +6,7 @@ from invdiff.primitives.optim import adam
 from invdiff.primitives.smc import ess, groups, log_normal, normalise, resample
 from invdiff.primitives.solve import cg, gaussian_draw, gaussian_prox
 from invdiff.primitives.transitions import ddim, extrapolate, mix_noise, probability_flow, renoise
-from invdiff.primitives.tweedie import tweedie_update
+from invdiff.primitives.tweedie import tweedie_update, tweedie_weights
 
 __all__ = [
     "adam",
@@ -30,4 +28,5 @@ __all__ = [
     "renoise",
     "resample",
     "tweedie_update",
+    "tweedie_weights",
 ]

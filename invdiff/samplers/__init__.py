@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from invdiff.samplers.mcg import MCG
     from invdiff.samplers.mcgdiff import MCGDiff
     from invdiff.samplers.nrlg import NRLG
+    from invdiff.samplers.paradigms import Parallel
     from invdiff.samplers.pigdm import PiGDM
     from invdiff.samplers.pnpdm import PnPDM
     from invdiff.samplers.reddiff import REDdiff
@@ -62,6 +63,7 @@ _CLASSES = {
     "dds": "DDS",
     "dds3d": "DDS3D",
     "mbir": "DiffusionMBIR",
+    "paradigms": "Parallel",
     "reddiff": "REDdiff",
     "pnpdm": "PnPDM",
     "lgd": "LGD",
@@ -178,6 +180,7 @@ __all__ = [
     "EventGuided",
     "Heun",
     "LanPaint",
+    "Parallel",
     "PiGDM",
     "PnPDM",
     "REDdiff",

@@ -11,8 +11,9 @@ import torch
 
 import invdiff
 from invdiff import anchors, likelihoods, reference, samplers
-from invdiff.errors import CapabilityError
+from invdiff.errors import CapabilityError, InvdiffError
 from invdiff.sampler import Sampler
+from invdiff.spaces import Space
 from tests.conformance.toys import SPACE, Keep, normal_prior, toy_problem
 
 
@@ -54,7 +55,7 @@ class _Weigh(Sampler):
         return {"x": state["x"] * 0.01, "log_weight": w, "ess": torch.full_like(w, self.least)}
 
 
-@pytest.mark.parametrize("name", ["mcgdiff"])
+@pytest.mark.parametrize("name", ["mcgdiff", "tds"])
 def test_one_particle_is_refused_in_one_sentence(name):
     with pytest.raises(CapabilityError, match="at least 2") as caught:
         invdiff.sample(toy_problem(), normal_prior(), name, draws=1)
@@ -89,6 +90,8 @@ def test_summaries_follow_the_weights():
 # What is right in the limit of many particles must be right on a mixture, mode weights included; controls below.
 MIXTURE = [
     ("mcgdiff", {}, 0.45, (0.9, 1.1)),
+    ("tds", {}, 0.40, (0.93, 1.07)),
+    ("tds", {"twist": "pigdm"}, 0.40, (0.93, 1.07)),
 ]
 
 
@@ -98,6 +101,53 @@ def test_mode_weights_of_a_mixture(name, fields, distance, measured):
     assert np.mean([f["sliced_wasserstein"] for f in figures]) < distance
     assert measured[0] < np.mean([f["std_ratio_measured"] for f in figures]) < measured[1]
     assert min(f["ess"] for f in figures) > 100
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("mcgdiff", {}),
+        ("tds", {}),
+        ("tds", {"twist": "pigdm", "spread": 0.7, "line_search": False}),
+        ("tds", {"twist": "pigdm", "spread": 5.0}),
+        ("tds", {"twist": "pigdm", "order": 1}),
+    ],
+)
+def test_weights_make_up_for_the_twist(name, fields):
+    """A twist that is too narrow or too wide must cost particles, not accuracy."""
+    space = Space((1, 1, 2), torch.float64)
+    operator = invdiff.operators.Matrix([[[1.0, 0.5]]], space, Space((1,), torch.float64))
+    problem = invdiff.Problem(operator, likelihoods.Gaussian(0.4), torch.tensor([[1.5]], dtype=torch.float64))
+    made = invdiff.sample(problem, normal_prior(space), samplers.get(name, **fields), draws=3000, seed=0)
+    x = np.asarray(made.draws).reshape(3000, 2)
+    a = np.array([1.0, 0.5])
+    covariance = np.eye(2) - np.outer(a, a) / (a @ a + 0.16)
+    mean = a * 1.5 / (a @ a + 0.16)
+    assert np.abs(x.mean(0) - mean).max() < 0.08
+    assert np.abs(np.cov(x.T) - covariance).max() < 0.08
+
+
+@pytest.mark.parametrize("operator", ["mask", "blur"])
+def test_tds_keeps_its_particles_on_a_gaussian_field(operator):
+    """The Tweedie covariance is the right twist there, and Metropolis moves bring the draws to the floor."""
+    figures = grade(field(operator), samplers.get("tds", preset="tuned"))
+    assert figures["ess"] > 50
+    assert figures["mean_error"] < 1.5 / np.sqrt(256)
+    assert 0.97 < figures["std_ratio"] < 1.03 and 0.97 < figures["std_ratio_measured"] < 1.03
+
+
+def test_tds_with_the_published_twist_collapses_on_an_image():
+    """The control of the test above."""
+    problem, prior, _ = field("mask")
+    with pytest.warns(UserWarning, match="collapsed"):
+        made = invdiff.sample(problem, prior, samplers.get("tds", preset="published"), draws=64, seed=0)
+    assert float(made.stats["ess"].min()) < 2
+
+
+def test_tds_refuses_noiseless_data_in_one_sentence():
+    problem = invdiff.Problem(Keep(), likelihoods.Gaussian(0.0), toy_problem(cases=1).y)
+    with pytest.raises(InvdiffError, match="sigma is 0"):
+        invdiff.sample(problem, normal_prior(), "tds", draws=4)
 
 
 def test_mcgdiff_collapses_on_an_image_and_says_so():
