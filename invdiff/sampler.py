@@ -24,9 +24,10 @@ from invdiff.spaces import Space
 
 #: A flat dictionary of tensors, each with a leading row axis; nothing else is state.
 State = dict[str, Tensor]
-#: Entries of the last state that are kept with the draw's statistics: log-weight and smallest effective sample size
-#: of ensembles; accepted share of Metropolis moves; facts along a chain, to tell whether it still drifts.
-RECORDED = ("log_weight", "ess", "accepted", "trail")
+#: Entries of the last state kept with the draw's statistics: log-weight and smallest effective sample size
+#: of ensembles; accepted share of Metropolis moves; facts along a chain, to tell whether it still drifts; network
+#: calls one after another where steps are solved in parallel.
+RECORDED = ("log_weight", "ess", "accepted", "trail", "rounds")
 
 
 @dataclass(frozen=True)
