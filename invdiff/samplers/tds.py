@@ -62,6 +62,7 @@ class TDS(Sampler):
     presets: ClassVar = {
         "published": {**_paper, "twist": "pigdm", "spread": 1.0, "line_search": False},
         "tuned": {"mala": 100},
+        "certified": {"steps": 400, "mala": 100},
     }
 
     steps: int = 100
