@@ -122,7 +122,8 @@ class Event(Likelihood):
 
     def _ends(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """``a`` and ``b``, finite and in double precision."""
-        low, high, sigma = self._numbers(z.double())
+        z = z.double()
+        low, high, sigma = self._numbers(z)
         wide = sigma.clamp_min(1e-300)
         return ((low - z) / wide).clamp(-_FAR, _FAR), ((high - z) / wide).clamp(-_FAR, _FAR)
 
