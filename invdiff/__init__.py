@@ -25,6 +25,7 @@ if not (_root / "operators").is_dir():  # a checkout whose git could not make th
 
 if TYPE_CHECKING:
     from invdiff import bridge, likelihoods, operators, priors, problems, reference, samplers, testing
+    from invdiff.acquiring import acquire
     from invdiff.callbacks import Callback, StopWhen, Trace
     from invdiff.certifying import certify
     from invdiff.choosing import suggest
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from invdiff.spaces import Space
 
 _NAMES = {
+    "acquire": "acquiring",
     "Callback": "callbacks",
     "StopWhen": "callbacks",
     "Trace": "callbacks",
@@ -80,6 +82,7 @@ __all__ = [
     "Space",
     "StopWhen",
     "Trace",
+    "acquire",
     "bridge",
     "certify",
     "compare",
