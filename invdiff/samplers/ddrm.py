@@ -7,7 +7,8 @@ denoised image, ``eps = (x - D) / s_k`` and ``t = s_{k+1}``, coordinate by coord
     t < level:        x' = D + sqrt(1 - eta_a^2) t (ybar - D) / level + eta_a t z
     t >= level:       x' = (1 - eta_b) D + eta_b ybar + sqrt(t^2 - eta_b^2 level^2) z
 
-and the chain starts from ``N(ybar, s_0^2 - level^2)`` on the coordinates with ``level < s_0``.
+and the chain starts from ``N(ybar, s_0^2 - level^2)`` on the coordinates with ``level < s_0``. The step to 0
+returns ``D`` where the data have noise: let the last level lie below it.
 
 Differences from the published code: works with every decomposition, complex ones and paddings included (nothing
 is padded with zero singular values); the square roots are clamped at 0, where they could turn NaN at
