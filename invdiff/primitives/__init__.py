@@ -3,7 +3,7 @@
 from invdiff.primitives.ensemble import kalman_increment
 from invdiff.primitives.mcmc import hmc, langevin, mala
 from invdiff.primitives.optim import adam
-from invdiff.primitives.smc import ess, groups, log_normal, normalise, resample
+from invdiff.primitives.smc import conditioned, ess, groups, log_normal, normalise, resample, shared
 from invdiff.primitives.solve import cg, gaussian_draw, gaussian_prox
 from invdiff.primitives.transitions import ddim, extrapolate, mix_noise, probability_flow, renoise
 from invdiff.primitives.tweedie import tweedie_update, tweedie_weights
@@ -11,6 +11,7 @@ from invdiff.primitives.tweedie import tweedie_update, tweedie_weights
 __all__ = [
     "adam",
     "cg",
+    "conditioned",
     "ddim",
     "ess",
     "extrapolate",
@@ -27,6 +28,7 @@ __all__ = [
     "probability_flow",
     "renoise",
     "resample",
+    "shared",
     "tweedie_update",
     "tweedie_weights",
 ]

@@ -24,6 +24,12 @@ def groups(rng: Streams) -> list[tuple[int, slice]]:
     return out
 
 
+def shared(x: Tensor, rng: Streams) -> Tensor:
+    """Give every row the values of its case's first row (numbers that a whole ensemble shares)."""
+    first = [rows.start for _, rows in groups(rng) for _ in range(rows.stop - rows.start)]
+    return x[torch.tensor(first, device=x.device)]
+
+
 def normalise(log_weight: Tensor, rng: Streams) -> Tensor:
     """Return weights ``w_i = exp(l_i) / sum_j exp(l_j)`` over each case, ``(B,)``; uniform where all vanish."""
     out = torch.empty_like(log_weight)
@@ -68,6 +74,17 @@ def resample(log_weight: Tensor, rng: Streams, threshold: float = 1.0) -> tuple[
         index[rows] = rows.start + torch.searchsorted(edges / edges[-1], positions).clamp_max(count - 1)
         new[rows] = torch.logsumexp(log_weight[rows], 0) - torch.log(torch.tensor(float(count)))
     return index, new
+
+
+def conditioned(mean: Tensor, z: Tensor, g: float, target: Tensor, v: Tensor) -> Tensor:
+    """Return what sight of ``target = x + sqrt(v) noise`` adds to ``x = mean + g z``.
+
+    ``K (target - mean) - g (1 - sqrt(1 - K)) z`` with ``K = g^2 / (g^2 + v)``: the sum has the conditional mean
+    and variance. ``v`` may be infinite (nothing is added) or 0 (``x`` becomes ``target``); all per component.
+    """
+    total, one = v + g * g, torch.ones_like(v)
+    gain = torch.where(total > 0, g * g / torch.where(total > 0, total, one), one)
+    return gain * (target - mean) - g * (1 - (1 - gain).sqrt()) * z
 
 
 def log_normal(x: Tensor, mean: Tensor, variance: Tensor | float) -> Tensor:

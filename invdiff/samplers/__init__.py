@@ -15,6 +15,7 @@ from invdiff.errors import InvdiffError
 
 if TYPE_CHECKING:
     from invdiff.sampler import Sampler
+    from invdiff.samplers.afdps import AFDPS
     from invdiff.samplers.certified import Certified
     from invdiff.samplers.daps import DAPS
     from invdiff.samplers.ddim import DDIM
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from invdiff.samplers.ddrm import DDRM
     from invdiff.samplers.dds import DDS
     from invdiff.samplers.dds3d import DDS3D
+    from invdiff.samplers.ddsmc import DDSMC
     from invdiff.samplers.deqir import DeqIR
     from invdiff.samplers.diffpir import DiffPIR
     from invdiff.samplers.dmps import DMPS
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from invdiff.samplers.enkg import EnKG
     from invdiff.samplers.ensemblescore import EnsembleScore
     from invdiff.samplers.eventguided import EventGuided
+    from invdiff.samplers.fpssmc import FPSSMC
     from invdiff.samplers.heun import Heun
     from invdiff.samplers.ilvr import ILVR
     from invdiff.samplers.lanpaint import LanPaint
@@ -46,8 +49,8 @@ if TYPE_CHECKING:
     from invdiff.samplers.reddiff import REDdiff
     from invdiff.samplers.scg import SCG
     from invdiff.samplers.scoreald import ScoreALD
-    from invdiff.samplers.tds import TDS
     from invdiff.samplers.sitcom import SITCOM
+    from invdiff.samplers.tds import TDS
     from invdiff.samplers.tmpd import TMPD
 
 _CLASSES = {
@@ -72,6 +75,9 @@ _CLASSES = {
     "eventguided": "EventGuided",
     "mcgdiff": "MCGDiff",
     "tds": "TDS",
+    "fpssmc": "FPSSMC",
+    "ddsmc": "DDSMC",
+    "afdps": "AFDPS",
     "eki": "EKI",
     "enkg": "EnKG",
     "scg": "SCG",
@@ -124,7 +130,7 @@ def get(name: str, preset: str | None = None, **fields: Any) -> Sampler:
         InvdiffError: For an unknown name (with the nearest ones), preset or field.
     """
     key = name.lower().replace("-", "").replace("_", "")
-    aliases = {"ddpm": "ddim", "dpmsolver": "dpmpp"}
+    aliases = {"ddpm": "ddim", "dpmsolver": "dpmpp", "finzi": "eventguided"}
     key = aliases.get(key, key)
     if key not in REGISTRY:
         near = difflib.get_close_matches(key, list(REGISTRY), n=3, cutoff=0.4)
@@ -152,16 +158,19 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "AFDPS",
     "DAPS",
     "DDIM",
     "DDNM",
     "DDRM",
     "DDS",
     "DDS3D",
+    "DDSMC",
     "DMPS",
     "DPG",
     "DPS",
     "EKI",
+    "FPSSMC",
     "ILVR",
     "LGD",
     "MCG",
@@ -169,6 +178,7 @@ __all__ = [
     "REGISTRY",
     "SCG",
     "SITCOM",
+    "TDS",
     "TMPD",
     "Certified",
     "DPMpp",
@@ -180,6 +190,7 @@ __all__ = [
     "EventGuided",
     "Heun",
     "LanPaint",
+    "MCGDiff",
     "Parallel",
     "PiGDM",
     "PnPDM",

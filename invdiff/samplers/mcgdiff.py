@@ -27,7 +27,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from invdiff.primitives import ess, extrapolate, log_normal, resample
+from invdiff.primitives import conditioned, ess, extrapolate, log_normal, resample
 from invdiff.primitives.spectral import spectrum
 from invdiff.rng import Streams
 from invdiff.sampler import Context, Sampler, State
@@ -65,7 +65,7 @@ class MCGDiff(Sampler):
         svd, target, tau = spectrum(ctx.measured)
         noise = ctx.noise(rng, rows)
         z = svd.vh(noise)
-        x = s * noise + svd.v(_pull(torch.zeros_like(z), z, target, tau, s, s))
+        x = s * noise + svd.v(conditioned(torch.zeros_like(z), z, s, target, _left(tau, s)))
         zero = torch.zeros(rows, dtype=torch.float64, device=x.device)
         return {"x": x.to(noise.dtype), "log_weight": zero, "ess": ess(zero, rng)}
 
@@ -86,7 +86,7 @@ class MCGDiff(Sampler):
         noise = ctx.noise(rng, x.shape[0])
         z = svd.vh(noise)
         mean = dc + shrink * (c - dc)
-        change = _pull(mean, z, target, tau, g, t)
+        change = conditioned(mean, z, g, target, _left(tau, t))
         crossed = (tau < s) & (tau >= t)
         if bool(crossed.any()):
             change = torch.where(crossed, _cross(c, dc, z, target, tau, s, t) - mean - g * z, change)
@@ -94,12 +94,10 @@ class MCGDiff(Sampler):
         return {"x": new.to(x.dtype), "d": d, "log_weight": log_weight, "ess": size}
 
 
-def _pull(mean: Tensor, z: Tensor, target: Tensor, tau: Tensor, g: float, t: float) -> Tensor:
-    """Return what guidance adds to ``mean + g z``: zero where ``tau >= t``."""
+def _left(tau: Tensor, t: float) -> Tensor:
+    """Return ``t^2 - tau^2``, the noise between the levels; infinite where ``tau >= t``."""
     active = tau < t
-    v = torch.where(active, t * t - tau**2, torch.ones_like(tau))
-    gain = g * g / (g * g + v)
-    return torch.where(active, gain * (target - mean) + ((v * gain).sqrt() - g) * z, torch.zeros_like(z))
+    return torch.where(active, t * t - torch.where(active, tau, torch.zeros_like(tau)) ** 2, torch.inf)
 
 
 def _cross(c: Tensor, dc: Tensor, z: Tensor, target: Tensor, tau: Tensor, s: float, t: float) -> Tensor:

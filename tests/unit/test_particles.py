@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from invdiff.primitives import ess, log_normal, mala, normalise, resample
+from invdiff.primitives import conditioned, ess, log_normal, mala, normalise, resample, shared
 from invdiff.rng import Streams
 
 
@@ -27,6 +27,24 @@ def test_resampling_keeps_cases_apart_and_has_the_right_law():
     assert torch.allclose(new[:1000].logsumexp(0), l[:1000].logsumexp(0))
     kept, same = resample(l, rng, threshold=0.0)
     assert (kept == torch.arange(2000)).all() and (same == l).all()
+
+
+def test_what_a_case_shares_is_its_first_row():
+    x = torch.arange(6.0).reshape(6, 1)
+    assert shared(x, streams(2, 3)).flatten().tolist() == [0, 0, 0, 3, 3, 3]
+
+
+def test_conditioning_on_noisy_sight_of_a_component():
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(20000, 3, generator=generator, dtype=torch.float64)
+    mean, target = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([3.0, 3.0, 3.0])
+    v = torch.tensor([1.0, torch.inf, 0.0], dtype=torch.float64)
+    x = mean + 2.0 * z + conditioned(mean.expand(20000, 3), z, 2.0, target, v)
+    expected = torch.tensor([1 + 0.8 * 2, 1.0, 3.0], dtype=torch.float64)
+    assert torch.allclose(x.mean(0), expected, atol=0.05)
+    assert torch.allclose(x.std(0), torch.tensor([0.8**0.5, 2.0, 0.0], dtype=torch.float64), atol=0.03)
+    still = conditioned(mean[None], z[:1], 0.0, target, torch.zeros(3, dtype=torch.float64))
+    assert torch.allclose(still, (target - mean)[None].double())
 
 
 def test_normal_density_up_to_the_constant():
