@@ -12,8 +12,8 @@ moments that its predecessors left (exact for one). The rest ``C(D + r n) - C(D)
 adds its mean to ``C(D)`` and its variance to ``V``: without it an event of ``|x|^2``, say, is pushed at too hard.
 
 ``weights=True`` keeps ``log_weight = log p(y | x) + log p(path) - log q(path)`` of the guided path ``q`` against
-the prior's own ancestral path ``p``: weighted draws are right up to the steps, and the mean weight is the
-probability of the event (`invdiff.likelihoods.event_probability`).
+the prior's own ancestral path ``p``: weighted draws are right up to the steps, mode weights too, and the mean
+weight is the probability of the data (`invdiff.likelihoods.event_probability`). The weights of many data collapse.
 
 Differences from the published code: the conditional mean in closed form, so that no second derivative of the
 network is needed; the whole ``V`` of several events; ``Phi`` itself, not a sigmoid; variances are at least
@@ -61,8 +61,10 @@ class EventGuided(Sampler):
     title: ClassVar[str] = "User-defined events by Tweedie moments"
     reference: ClassVar[str] = "Finzi et al., ICML 2023, arXiv:2306.07526"
     requires: ClassVar[frozenset[str]] = frozenset({"vjp", "denoiser-vjp"})
+    exactness: ClassVar = "gaussian"
     presets: ClassVar = {
-        "published": {"steps": 500, "order": 1, "schedule": "edm", "sigma_min": None, "probes": 0}
+        "weighted": {"weights": True},
+        "published": {"steps": 500, "order": 1, "schedule": "edm", "sigma_min": None, "probes": 0},
     }
 
     steps: int = 200
