@@ -2,20 +2,21 @@
 
 At each level draw ``M`` candidates from the reverse kernel, denoise each at the next level, and keep one:
 
-    x'_m = ancestral(x, D; t),     l_m = -log p(y | A(D(x'_m, t))),     x' = x'_m with the least l_m
+    x'_m = ancestral(x, D; t),     l_m = -log p(y | A(D(x'_m, t)))
 
-None is chosen in the first ``theta`` share of the levels, nor on the step to 0. With ``temperature`` above 0
-candidate ``m`` is kept with probability proportional to ``exp(-l_m / temperature)`` instead of the best: at 1 the
-reverse kernel is reweighted as Bayes' rule says, with the likelihood of the denoised image in place of that of the
-noisy one, and up to the finite ``M``.
+Candidate ``m`` is kept with probability proportional to ``exp(-l_m / temperature)``; at ``temperature`` 0
+(published) it is the best. None is chosen in the first ``theta`` share of the levels, nor on the step to 0.
 
-Choosing the best is greedy: each draw is pushed as near to the data as ``M`` random tries reach, so that the width
-has nothing to do with the noise level, and tries succeed in few dimensions only.
+At ``temperature`` 1 (default) this is Bayes' rule for the reverse kernel but for two errors that pull against
+each other: the likelihood of the denoised image is sharper than that of the noisy one, which makes draws too
+narrow as ``M`` and the levels grow, and ``M`` random tries reach few of the measured directions, which leaves
+them too wide while ``M`` and the levels are few. Keeping the best is greedy: the width then is not that of the
+noise level.
 
-Differences from the published code: on the first guided level a candidate is chosen like on all others (the public
-code puts the denoised image there, at a high noise level); the likelihood of any noise model in place of a squared
-residual; second-order transitions (``order=1`` is published); a candidate that the operator cannot do (NaN) is
-never chosen.
+Differences from the published code: on the first guided level a candidate is chosen like on all others (the
+public code puts the denoised image there, at a high noise level); the likelihood of any noise model in place of
+a squared residual; second-order transitions (``order=1`` is published); a candidate that the operator cannot do
+(NaN) is never chosen.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class SCG(Sampler):
     Args:
         candidates: ``M``.
         theta: Share of the levels before guidance begins.
-        temperature: 0 keeps the best candidate (published), 1 chooses by the likelihood.
+        temperature: 1 chooses by the likelihood, 0 keeps the best candidate (published).
         order: 1 (published) or 2.
     """
 
@@ -59,7 +60,7 @@ class SCG(Sampler):
     sigma_min: float | None = 0.01
     candidates: int = 32
     theta: float = 0.25
-    temperature: float = 0.0
+    temperature: float = 1.0
     order: Literal[1, 2] = 2
 
     def step(self, k: int, state: State, ctx: Context, rng: Streams) -> State:
