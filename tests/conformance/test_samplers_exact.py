@@ -67,8 +67,8 @@ def test_tweedie_covariance_at_full_size(operator, size):
     assert 0.98 <= figures["std_ratio"] <= 1.02 and 0.89 <= figures["coverage"] <= 0.91
 
 
-# Heuristic samplers: regression bounds a little wider than what they reach, so that a change for the worse is seen;
-# DPS really is twenty times too narrow on measured directions of this field, and a change of that must be seen too.
+# Heuristic samplers: regression bounds a little wider than what they reach, so that a change for the worse is
+# seen. DPS really is twenty times too narrow on measured directions of this field; a change must be seen too.
 # Columns: mean error at most, std ratio between, on measured directions between.
 HEURISTIC = [
     ("dds", "tuned", "mask", 0.30, (0.90, 1.25), (0.80, 1.15)),
