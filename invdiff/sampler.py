@@ -24,9 +24,9 @@ from invdiff.spaces import Space
 
 #: A flat dictionary of tensors, each with a leading row axis; nothing else is state.
 State = dict[str, Tensor]
-#: Entries of the last state kept with the draw's statistics: log-weight and smallest effective sample size
-#: of ensembles; accepted share of Metropolis moves; facts along a chain, to tell whether it still drifts; network
-#: calls one after another where steps are solved in parallel.
+#: Entries of the last state kept with the draw's statistics: log-weight and effective sample sizes of ensembles
+#: (the smallest, and over all resamplings); accepted share of Metropolis moves; facts along a chain, to tell
+#: whether it still drifts; network calls one after another where steps are solved in parallel.
 RECORDED = ("log_weight", "ess", "accepted", "trail", "rounds")
 
 
