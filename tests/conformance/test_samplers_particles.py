@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import invdiff
-from invdiff import anchors, likelihoods, reference, samplers
+from invdiff import anchors, likelihoods, operators, reference, samplers
+from invdiff.codec import ComplexChannels, Pad, Scale
 from invdiff.errors import CapabilityError, InvdiffError
+from invdiff.prior import Prior
 from invdiff.sampler import Sampler
 from invdiff.spaces import Space
-from tests.conformance.toys import SPACE, Keep, Square, normal_prior, toy_problem
+from tests.conformance.toys import SPACE, Keep, NormalDenoiser, Square, normal_prior, toy_problem
 
 
 @functools.lru_cache
@@ -127,7 +129,7 @@ def test_guidance_without_weights_misses_modes():
 def test_weights_make_up_for_the_twist(name, fields):
     """A twist that is too narrow or too wide must cost particles, not accuracy."""
     space = Space((1, 1, 2), torch.float64)
-    operator = invdiff.operators.Matrix([[[1.0, 0.5]]], space, Space((1,), torch.float64))
+    operator = operators.Matrix([[[1.0, 0.5]]], space, Space((1,), torch.float64))
     problem = invdiff.Problem(operator, likelihoods.Gaussian(0.4), torch.tensor([[1.5]], dtype=torch.float64))
     made = invdiff.sample(problem, normal_prior(space), samplers.get(name, **fields), draws=2000, seed=0)
     x = np.asarray(made.draws).reshape(2000, 2)
@@ -196,6 +198,30 @@ def test_mcgdiff_is_right_on_a_blur():
     figures = grade(field("blur"), samplers.MCGDiff())
     assert figures["mean_error"] < 0.3
     assert 0.9 < figures["std_ratio"] < 1.05 and 0.9 < figures["std_ratio_measured"] < 1.05
+
+
+@pytest.mark.parametrize("name", ["mcgdiff", "tds", "ddsmc"])
+def test_complex_images_on_a_padded_canvas_in_units_of_their_own(name):
+    """Three samples of k-space of a standard normal prior, whose posterior is known coefficient by coefficient."""
+    image, scale, sigma = Space((1, 3, 5), torch.complex128), 7.0, 0.5
+    canvas = Pad(image, 4).prior
+    prior = Prior(
+        NormalDenoiser(ComplexChannels(canvas).prior),
+        card={"name": "normal-padded"},
+        make_codec=lambda space, s: Scale(space, s) @ Pad(space, 4) @ ComplexChannels(canvas),
+        scale=scale,
+    )
+    mask = torch.zeros(3, 5)
+    mask[[0, 1, 2], [1, 2, 4]] = 1
+    y = mask.to(torch.complex128)[None, None] * scale * (2 - 1j)
+    problem = invdiff.Problem(operators.SubsampledFourier(mask, image), likelihoods.Gaussian(sigma * scale), y)
+    made = invdiff.sample(problem, prior, name, draws=1000, seed=0)
+    x = torch.from_numpy(np.asarray(made.draws)).reshape(1000, 1, 3, 5) / scale
+    k = operators.SubsampledFourier(torch.ones(3, 5), image)(x)[:, 0]
+    seen, free = k[:, mask > 0], k[:, mask == 0]
+    assert (seen.mean(0) - (2 - 1j) / (1 + sigma**2)).abs().max() < 0.12
+    assert torch.allclose(seen.imag.std(), torch.tensor(sigma / (1 + sigma**2) ** 0.5).double(), atol=0.04)
+    assert torch.allclose(free.real.std(), torch.tensor(1.0).double(), atol=0.05)
 
 
 @pytest.mark.parametrize("name", ["mcgdiff", "fpssmc", "ddsmc"])
