@@ -24,7 +24,7 @@ def langevin(x: Tensor, score: Score, step: Tensor | float, iterations: int, rng
         iterations: Number of moves.
         rng: Streams of the rows.
     """
-    h = per_row(torch.as_tensor(step), x)
+    h = per_row(step, x)
     spread = (2 * h).sqrt()
     for _ in range(iterations):
         x = x + h * score(x) + spread * rng.normal(x)
@@ -40,7 +40,7 @@ def hmc(x: Tensor, score: Score, step: Tensor | float, iterations: int, momentum
 
     Source: Horowitz, "A generalized guided Monte Carlo algorithm", 1991.
     """
-    h = per_row(torch.as_tensor(step).sqrt(), x)
+    h = per_row(step, x).sqrt()
     v = rng.normal(x)
     refresh = math.sqrt(1 - momentum * momentum)
     pull = score(x)
@@ -73,7 +73,7 @@ def mala(
     Returns:
         The rows and the share of accepted moves of each, ``(B,)``.
     """
-    h = per_row(torch.as_tensor(step), x)
+    h = per_row(step, x)
     points, weights = _LOBATTO[nodes]
     here = score(x)
     accepted = torch.zeros(x.shape[0], dtype=x.real.dtype if x.is_complex() else x.dtype, device=x.device)

@@ -82,7 +82,7 @@ def gaussian_prox(
     assert isinstance(a, LinearOperator)
     sigma = problem.sigma(z)
     rows = z.shape[0]
-    r2 = torch.as_tensor(r2, device=z.device).expand(rows)
+    r2 = per_row(r2, z).reshape(-1).expand(rows)
     one_level = sigma.numel() == 1 or sigma.numel() == sigma.shape[0]
     if one_level:
         level2 = (sigma.reshape(-1) ** 2).expand(rows)
@@ -116,6 +116,6 @@ def gaussian_draw(
     Source: Papandreou, Yuille, "Gaussian sampling by local perturbations", 2010.
     """
     sigma = problem.sigma(z)
-    r = per_row(torch.as_tensor(r2, device=z.device).sqrt(), z)
+    r = per_row(r2, z).sqrt()
     y = problem.y + sigma * rng.normal(problem.y)
     return gaussian_prox(problem, z + r * rng.normal(z), r2, y, max_iter, tol)
