@@ -8,7 +8,8 @@ likelihood's ``sigma``, the weight at which the step is the mean of N(D, r^2 I) 
 ``consistency="fixed"``: the published constant ``gamma`` in prior units.
 
 Differences from the published code: Hermitian inner products (with ``r^T r`` it is not conjugate gradients on
-complex images); the exact adjoint; the last level returns ``x0``; ``sigma`` is used; ``order=2`` extrapolates.
+complex images); the exact adjoint; the system is solved exactly where the operator has a closed form; the last
+level returns ``x0``; ``sigma`` is used; ``order=2`` extrapolates.
 """
 
 from __future__ import annotations
@@ -97,11 +98,11 @@ class DDS(Sampler):
         eps = (x - d) / s
         r2: float | Tensor
         if self.consistency == "noise":
-            r2 = 1 / (1 / s**2 + 1 / ctx.spread(self.spread) ** 2) / self.lam
-        else:
+            r2, tol = 1 / (1 / s**2 + 1 / ctx.spread(self.spread) ** 2) / self.lam, 1e-3
+        else:  # always as many conjugate-gradient steps as published
             gain = torch.ones(()) if problem.gain is None else problem.gain
-            r2 = self.gamma * (problem.sigma(d).reshape(-1) / gain) ** 2
-        d = gaussian_prox(problem, d, r2, max_iter=self.cg_iterations, tol=1e-3)
+            r2, tol = self.gamma * (problem.sigma(d).reshape(-1) / gain) ** 2, 0.0
+        d = gaussian_prox(problem, d, r2, max_iter=self.cg_iterations, tol=tol)
         ahead = extrapolate(d, state.get("d") if self.order == 2 else None, ctx.sigmas, k)
         noise = ctx.noise(rng, x.shape[0]) if self.eta else None
         return {"x": mix_noise(ahead, eps, t, self.eta**2, noise), "d": d}
