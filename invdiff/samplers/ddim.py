@@ -5,6 +5,8 @@ deterministic, ``eta = 1`` is the ancestral DDPM step.
 
 Differences from the published code: the variance-exploding frame (the same step divided by the signal level);
 the last level is 0 and returns the denoised image; first order on purpose, see ``dpmpp`` for second order.
+
+The states of deepinv 0.5's ``DDIMSolver`` on the same noise and levels.
 """
 
 from __future__ import annotations

@@ -16,6 +16,9 @@ is padded with zero singular values); the square roots are clamped at 0, where t
 cases; no factor 2 on ``sigma``. There is no second-order variant: a step that draws most of its noise anew
 follows no differential equation to extrapolate along, and with it the draws come out twice too wide. The same
 holds for many levels: 50 to 100 do best.
+
+The states of deepinv 0.5's ``DDRM`` on the same noise and levels (``eps=0``), once its noise, which is divided
+by ``sqrt(2)``, is scaled up again; it takes coordinates with ``s <= sigma`` for not measured.
 """
 
 from __future__ import annotations

@@ -4,9 +4,13 @@
     eps = (x - x0) / s;   x' = x0 + t ( sqrt(1 - zeta) eps + sqrt(zeta) z )
 
 Differences from the published code: ``sigma`` is the likelihood's, in the units of the data (the code mixes
-[0, 1] and [-1, 1], which makes its ``lam`` worth 4 in consistent units); the last step returns ``x0`` instead of
-throwing the last evaluation away; ``order=2`` extrapolates ``x0``. The default draws nine tenths of the noise anew
-on a geometric grid, which brings the width near the posterior's; published values are the presets.
+[0, 1] and [-1, 1], which makes its ``lam`` worth 4 in consistent units); it starts from noise alone instead of
+noise on an upsampled ``y``; no clamp of ``D``; the last step returns ``x0`` instead of throwing the last
+evaluation away; ``order=2`` extrapolates ``x0``. The default draws nine tenths of the noise anew on a geometric
+grid, which brings the width near the posterior's; published values are the presets.
+
+The states of deepinv 0.5's ``DiffPIR`` on the same noise and levels, with ``order=1``, ``lam = lambda_ / 2`` (its
+proximal step has another factor of 2) and its start, noise on ``A^T y``; it returns the state at the last level.
 """
 
 from __future__ import annotations

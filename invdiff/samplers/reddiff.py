@@ -12,7 +12,7 @@ It seeks a mode: the draws differ by their noise alone and are stored as an esti
 
 Differences from the published code: means are taken per draw, not over the batch; ``balance="likelihood"`` uses
 ``grad log p(y | A mu)`` and ``lam w(s) (eps - n) / s^2`` instead, in which the noise level counts and the ratio of
-data to unknowns does not; the operator is the same at every call.
+data to unknowns does not; the start is a regularised pseudo-inverse; the operator is the same at every call.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ Differences from the published code: ``sigma`` of the likelihood is in the sum (
 alone); ``||A||``, by power iterations, makes ``gamma`` independent of units; the chain starts from the first
 level's noise, not from uniform numbers; the result is denoised by ``D(x, s)``, as usual for NCSN but left out
 there; step sizes that cannot be stable are refused.
+
+The score is that of deepinv 0.5's ``ALDDataFidelity`` where ``gamma ||A||`` is 1 in image units.
 """
 
 from __future__ import annotations

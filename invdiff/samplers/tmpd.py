@@ -10,6 +10,9 @@ gradients; each product is one network VJP (``J`` is symmetric for an exact deno
 
 Differences from the published code: the whole Jacobian by CG instead of its row sums (which are only its
 diagonal's stand-in); second-order transition by default (first order loses 5 % of the width at 100 steps).
+
+The states of deepinv 0.5's ``MomentMatchingDataFidelity`` in a DDPM solver on the same noise and levels, with
+``order=1`` and as many conjugate-gradient iterations on both sides as converge.
 """
 
 from __future__ import annotations
