@@ -30,16 +30,19 @@ def geometric(n: int, sigma_min: float, sigma_max: float) -> Tensor:
 def vp_linear(n: int, sigma_min: float, sigma_max: float, quadratic: bool = False) -> Tensor:
     """The DDPM chain (beta from 1e-4 to 0.02 in 1000 steps) respaced to ``n`` levels, then 0.
 
-    ``sigma = sqrt((1 - abar) / abar)``, clipped to the given range; ``quadratic`` is dense at low noise.
+    ``sigma = sqrt((1 - abar) / abar)`` at equal steps of the chain, between whose levels ``log sigma`` is linear;
+    clipped to the given range, and repeated levels dropped. Codes that skip levels (0, 50, ... 950) start a little
+    lower. ``quadratic`` is DiffPIR's grid, which passes quickly through high noise: level ``k`` is
+    ``min(floor(1000 sqrt(k / (n - 1))), 999)`` steps down the chain.
     """
     _check(n, sigma_min, sigma_max)
     abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     table = ((1 - abar) / abar).sqrt().log()
-    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
-    position = (ramp**2 if quadratic else ramp) * 999
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64) if n > 1 else torch.zeros(1, dtype=torch.float64)
+    position = 999 - ((1e6 * ramp).sqrt().floor().clamp(max=999) if quadratic else 999 * ramp)
     lower = position.floor().long().clamp(max=998)
     log_sigma = table[lower] + (position - lower) * (table[lower + 1] - table[lower])
-    grid = log_sigma.exp().flip(0).clamp(sigma_min, sigma_max)
+    grid = log_sigma.exp().clamp(sigma_min, sigma_max)
     keep = torch.cat([torch.ones(1, dtype=torch.bool), grid[1:] < grid[:-1]])
     return torch.cat([grid[keep], torch.zeros(1, dtype=torch.float64)])
 

@@ -32,7 +32,7 @@ def prior():
     at = torch.cartesian_prod(torch.arange(8), torch.arange(8)).double()
     covariance = 0.03 * torch.exp(-0.5 * (torch.cdist(at, at) / 1.5) ** 2) + 0.003 * torch.eye(64).double()
     mean = 0.2 * torch.sin(at[:, 0] / 2).reshape(SPACE.shape)
-    made = priors.Gaussian(mean, covariance, SPACE)
+    made = priors.Gaussian(mean, covariance, SPACE, sigma_min=1e-3, sigma_max=1e3)
     return Prior(made.denoiser, codec=Scale(SPACE, 0.5, 0.5), card=made.card)
 
 
@@ -207,7 +207,10 @@ def test_diffpir(prior, kind, zeta):
     back = 2 * p.physics.A_adjoint(p.problem.y) - 1
     start = back + (levels[0] ** 2 - 4 * SIGMA**2).sqrt() * noise[0]
     same([start, (2 * out - 1) * (1 + levels[-1] ** 2).sqrt()], [theirs[0], theirs[-1]], [levels[0], 1])
-    ours = samplers.DiffPIR(order=1, lam=7.0 / 2, zeta=zeta)
+    ours = samplers.DiffPIR.preset("published", lam=7.0 / 2, zeta=zeta, steps=STEPS)
+    torch.testing.assert_close(
+        ours.sigmas(prior)[:-1], levels, rtol=2e-4, atol=0
+    )  # theirs are float32 of 1 - abar
     same(chain(ours, p.problem, prior, levels, noise[1:], theirs[0]), theirs, levels)
 
 

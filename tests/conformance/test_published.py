@@ -327,6 +327,13 @@ def test_the_published_update(name, settings, formula):
         torch.testing.assert_close(math.sqrt(b) * new, expected, rtol=1e-7, atol=1e-8)
 
 
+def test_a_thousand_levels_are_those_of_ddpm():
+    wide = priors.Gaussian(MEAN, C, SPACE, sigma_min=1e-3, sigma_max=1e3)
+    levels = samplers.DPS.preset("published").sigmas(wide)
+    torch.testing.assert_close(levels, torch.cat([((1 - TABLE) / TABLE).sqrt().flip(0), torch.zeros(1).double()]))
+    assert samplers.DPS(steps=1).sigmas(wide).tolist() == pytest.approx([157.407, 0], rel=1e-5)
+
+
 def test_reddiff_is_adam_on_the_published_gradient():
     """Means over data and unknowns; ``torch.optim.Adam`` with the published ``(0.9, 0.99)`` and ``lr``."""
     sampler, noise = samplers.REDdiff.preset("published"), record(len(LEVELS), ROWS, (N,))
