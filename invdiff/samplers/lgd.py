@@ -16,7 +16,8 @@ The softmax is the paper's loss. With few points in many dimensions it picks the
 draws are too wide, and mode weights worse than with the plain mean.
 
 Differences from the published code (a re-implementation; the authors' is not public): any likelihood; norms per
-draw; ``K`` points for every draw of a batch; ``r0`` is a setting (1 there); the length; a second-order transition.
+draw; ``K`` points for every draw of a batch; ``r0`` is a setting (1 there); the length; an ancestral transition in
+place of Euler's, of second order by default.
 """
 
 from __future__ import annotations

@@ -10,9 +10,12 @@ Take ``p(x0 | x) = N(D, r^2 I)`` with ``r^2 = r0^2 s^2 / (r0^2 + s^2)``. Then
 * ``weight="paper"``: DDIM step with ``eta`` plus ``sqrt(1 + t^2) r^2 g``; ``weight="code"``: plus ``r^2 g``.
 
 Differences from the published code: the data's noise level enters (the code ignores it); the Gram system is solved
-in closed form or by conjugate gradients, never as a dense inverse; ``r0`` is a setting (the paper has 1). The
-published guidance overshoots, and can diverge, where the prior is much wider than ``r0`` along a measured axis;
-the line search (off in the published presets) cannot.
+in closed form or by conjugate gradients, never as a dense inverse; ``r0`` is a setting (the paper has 1); the
+start is noise alone (the code adds ``A^+ y``). The published guidance overshoots, and can diverge, where the prior
+is much wider than ``r0`` along a measured axis; the line search (off in the published presets) cannot.
+
+The states of deepinv 0.5's ``PiGDMDataFidelity`` in a DDIM solver on the same noise and levels, with ``tweedie``
+weight, ``order=1``, no line search and ``r0 = 2`` on [-1, 1] (1 on its [0, 1]).
 """
 
 from __future__ import annotations
