@@ -67,6 +67,7 @@ class Loop:
     _done: int = field(init=False, default=0)
 
     @_full_precision()
+    @memory.kept_heap()
     def run(self) -> Literal["complete", "stopped"]:
         """Run all chunks; return whether every draw was made."""
         plan, device = self.plan, self.plan.target.device

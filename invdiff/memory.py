@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,6 +16,41 @@ from invdiff.spaces import Space
 
 #: Copies of the draws that exist at once while a posterior is built in memory.
 _COPIES = 4
+
+
+#: Parameters of glibc's ``mallopt``, the largest size that it takes for the second, and the trim threshold that
+#: its own adjustment reaches for blocks of that size.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MOST, _TRIM_USUAL = -1, -3, 32 << 20, 64 << 20
+#: Most free memory that the heap keeps at its top while a run lasts.
+_KEPT = 1 << 30
+
+
+@contextmanager
+def kept_heap() -> Iterator[None]:
+    """Let the heap keep what a step frees, for the next one, while a run lasts (glibc; nothing elsewhere).
+
+    Each network pass frees tens of megabytes. By default glibc gives them back to the system, which fills the same
+    pages with zeros again a moment later: measured, 6 % of the time of a guided step on a CPU. Afterwards the free
+    memory is given back, and the thresholds stay where glibc's own adjustment takes them in the end.
+    """
+    libc = _glibc()
+    if libc is None:
+        yield
+        return
+    libc.mallopt(_MMAP_THRESHOLD, _MMAP_MOST)
+    libc.mallopt(_TRIM_THRESHOLD, _KEPT)
+    try:
+        yield
+    finally:
+        libc.mallopt(_TRIM_THRESHOLD, _TRIM_USUAL)
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if platform.libc_ver()[0] != "glibc":
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
 
 
 def available(device: torch.device) -> int:

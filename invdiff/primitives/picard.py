@@ -33,7 +33,9 @@ class Lagged(CountedDenoiser):
         self.used = True
         return self.answer + self.slope * (x - self.guess)
 
-    def vjp(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def vjp(
+        self, x: Tensor, sigma: Tensor | float, once: bool = False
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Refuse."""
         raise InvdiffError("Steps run in parallel take no gradient of the network, and this sampler does.")
 

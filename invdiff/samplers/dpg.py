@@ -85,7 +85,7 @@ class DPG(Sampler):
         """Estimate a direction by random images and take a guided step."""
         x, (s, t) = state["x"], ctx.level(k)
         problem = ctx.measured
-        d, pull = ctx.denoise.vjp(x, s)
+        d, pull = ctx.denoise.vjp(x, s, once=True)
         z = problem.operator(d)
         gap = problem.y - z
         misfit, reach = self._misfit(z, ctx), real_inner(gap, gap) / (4 * d[0].numel())

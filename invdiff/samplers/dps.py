@@ -64,7 +64,7 @@ class DPS(Sampler):
         """One ancestral step and one gradient of the data misfit."""
         x, (s, t) = state["x"], ctx.level(k)
         problem = ctx.measured
-        d, pull = ctx.denoise.vjp(x, s)
+        d, pull = ctx.denoise.vjp(x, s, once=True)
         noise = ctx.noise(rng, x.shape[0])
         residual = problem.residual(d)
         size = norm(residual)

@@ -84,7 +84,7 @@ class LGD(Sampler):
         """One guided step."""
         x, (s, t) = state["x"], ctx.level(k)
         problem = ctx.measured
-        d, pull = ctx.denoise.vjp(x, s)
+        d, pull = ctx.denoise.vjp(x, s, once=True)
         r = s / math.sqrt(1 + (s / ctx.spread(self.spread)) ** 2)
         g = self._ascent(problem, [d + r * ctx.noise(rng, len(d)) for _ in range(self.points)])
         v = pull(g)

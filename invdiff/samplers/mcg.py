@@ -64,7 +64,7 @@ class MCG(Sampler):
         """An ancestral step, the gradient across the data, then the data in place of what they measure."""
         x, (s, t) = state["x"], ctx.level(k)
         problem, rows = ctx.measured, x.shape[0]
-        d, pull = ctx.denoise.vjp(x, s)
+        d, pull = ctx.denoise.vjp(x, s, once=True)
         residual = problem.residual(d)
         size = norm(residual)
         unit = torch.where(size > 0, 1 / size.clamp_min(torch.finfo(size.dtype).tiny), torch.zeros_like(size))

@@ -71,7 +71,7 @@ class PiGDM(Sampler):
     def step(self, k: int, state: State, ctx: Context, rng: Streams) -> State:
         """One guided step."""
         x, (s, t) = state["x"], ctx.level(k)
-        d, pull = ctx.denoise.vjp(x, s)
+        d, pull = ctx.denoise.vjp(x, s, once=True)
         r0 = ctx.spread(self.spread)
         r2 = (r0 * s) ** 2 / (r0**2 + s * s)
         near = gaussian_prox(ctx.measured, d, r2, max_iter=self.cg_iterations)

@@ -68,7 +68,7 @@ class SITCOM(Sampler):
         v, moments = x / scale, (torch.zeros_like(x), torch.zeros_like(x))
         d, open_ = x, torch.ones_like(count, dtype=torch.bool)
         for i in range(self.iterations + 1):
-            now, pull = ctx.denoise.vjp(v * scale, s)
+            now, pull = ctx.denoise.vjp(v * scale, s, once=True)
             d = torch.where(per_row(open_.to(x.dtype), x) > 0, now, d)
             sigma = problem.sigma(now)
             rest = problem.residual(now) * seen
