@@ -127,6 +127,8 @@ class Row:
 
 #: What brings samplers to the budget where it is not the number of steps alone.
 AT_BUDGET: dict[str, dict[str, Any]] = {
+    "dps": {"steps": 107},  # 100 of these levels are within the prior's range
+    "reddiff": {"steps": 107},
     "pnpdm": {"steps": 7},  # sweeps of 12 evaluations, and 12 for the start
     "sitcom": {"steps": 10, "iterations": 9},
     "scoreald": {"steps": 11},  # 9 evaluations per level
