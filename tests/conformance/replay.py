@@ -11,8 +11,10 @@ from invdiff.rng import Streams
 class Replay(Streams):
     """Streams that give recorded numbers, one tensor ``(B, ...)`` for each call of ``normal``."""
 
-    def __init__(self, noise):
-        super().__init__(0, [(row, 0) for row in range(noise.shape[1])])
+    def __init__(self, noise, cases=None):
+        rows = noise.shape[1]
+        draws = rows // (cases or rows)
+        super().__init__(0, [divmod(row, draws) for row in range(rows)])
         self.left = list(noise)
 
     def normal(self, like):
@@ -44,7 +46,7 @@ def chain(sampler, problem, prior, levels, noise, start=None):
         start: State at the first level; by default what the sampler's ``init`` makes of the noise.
     """
     pick = sampler if callable(sampler) else lambda s, t: sampler
-    first, rng = pick(float(levels[0]), float(levels[1])), Replay(noise)
+    first, rng = pick(float(levels[0]), float(levels[1])), Replay(noise, problem.n_cases if problem else 1)
     ctx = context(first, problem, prior, levels, noise.shape[1])
     state = first.init(ctx, noise.shape[1], rng.at(-1)) if start is None else {"x": start}
     states = [state["x"]]

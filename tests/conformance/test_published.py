@@ -222,6 +222,21 @@ def sitcom(lr):
     return step
 
 
+def scg():
+    """The best of three ancestral candidates by the misfit of its own denoised image, after a quarter of 8 steps."""
+    count = itertools.count()
+
+    def step(x, a, b, z):
+        d, k = denoised(x, a), next(count)
+        if k < 2 or b == 1:
+            return ancestral(x, d, a, b, next(z))
+        tried = torch.stack([ancestral(x, d, a, b, next(z)) for _ in range(3)])
+        losses = torch.stack([misfit(b)(v) for v in tried])
+        return tried[losses.argmin(0), torch.arange(ROWS)]
+
+    return step
+
+
 def ddim_half(x, a, b, z):
     return ddim(x, denoised(x, a), a, b, 0.5, next(z))
 
@@ -305,6 +320,7 @@ PUBLISHED = [
     ("lgd", {"preset": "inversebench"}, lgd),
     ("sitcom", {"preset": "published"}, sitcom(0.01)),
     ("sitcom", {"preset": "published", "lr": 0.1}, sitcom(0.1)),  # some rows stop early
+    ("scg", {"preset": "published", "candidates": 3, "steps": 8}, scg()),
     ("ddim", {"eta": 0.5}, ddim_half),
     ("dpmpp", {"preset": "2m"}, multistep(False)),
     ("dpmpp", {"preset": "sde-2m"}, multistep(True)),
@@ -332,6 +348,49 @@ def test_a_thousand_levels_are_those_of_ddpm():
     levels = samplers.DPS.preset("published").sigmas(wide)
     torch.testing.assert_close(levels, torch.cat([((1 - TABLE) / TABLE).sqrt().flip(0), torch.zeros(1).double()]))
     assert samplers.DPS(steps=1).sigmas(wide).tolist() == pytest.approx([157.407, 0], rel=1e-5)
+
+
+ENSEMBLE = 6
+
+
+def one_case():
+    return invdiff.Problem(operators.Matrix(A, SPACE), likelihoods.Gaussian(SIGMA), Y[:1])
+
+
+def test_enkg_moves_its_particles_as_published():
+    """``x_i -= w / ||C|| sum_j C_ij (x_j - mean)`` twice per level (but near both ends), then an Euler step."""
+    noise = record(1, ENSEMBLE, (N,))
+    sampler = samplers.EnKG.preset("published", steps=8)
+
+    def image(x, s):
+        return MEAN + (x - MEAN) @ torch.linalg.solve(C + s * s * EYE, C)
+
+    def descend(x, levels):
+        for s, t in itertools.pairwise(levels):
+            x = x + (t - s) / s * (x - image(x, s))
+        return x
+
+    states = chain(sampler, one_case(), PRIOR, LEVELS, noise)
+    for k, (x, new, s, t) in enumerate(zip(states, states[1:], LEVELS, LEVELS[1:])):
+        points = min(1 + (8 - k) // 4, 20)
+        ramp = [i / max(points - 1, 1) for i in range(points)]
+        grid = [(s ** (1 / 7) + r * (LEVELS[-2] ** (1 / 7) - s ** (1 / 7))) ** 7 for r in ramp]
+        for _ in range(2 if 0 < k < 0.95 * 8 else 0):
+            data = descend(x, [*grid, 0.0]) @ A.T
+            weights = (data - Y[:1]) @ (data - data.mean(0)).T / ENSEMBLE
+            x = x - 2.0 / weights.norm() * weights @ (x - x.mean(0))
+        torch.testing.assert_close(new, descend(x, [s, t]), rtol=1e-7, atol=1e-8)
+
+
+def test_eki_is_the_multiple_data_assimilation_of_emerick_and_reynolds():
+    """Four updates with sample covariances and noise inflated by 4, on any particles."""
+    noise, start = record(4, ENSEMBLE, (M,)), record(1, ENSEMBLE, (N,), seed=8)[0]
+    states = chain(samplers.EKI.preset("published"), one_case(), PRIOR, [0.0] * 5, noise, start)
+    for x, new, e in zip(states, states[1:], noise):
+        both = torch.cov(torch.cat([x, x @ A.T], 1).T)
+        gain = both[:N, N:] @ torch.linalg.inv(both[N:, N:] + 4 * SIGMA**2 * EYE_M)
+        expected = x + (Y[:1] + 2 * SIGMA * e - x @ A.T) @ gain.T
+        torch.testing.assert_close(new, expected, rtol=1e-7, atol=1e-8)
 
 
 def test_reddiff_is_adam_on_the_published_gradient():
