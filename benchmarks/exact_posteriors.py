@@ -1,8 +1,9 @@
 """Grade every sampler against exact posteriors and write the tables of the documentation.
 
 Stationary Gaussian field (32x32 and 64x64) behind a mask, subsampled Fourier rows and a blur; the 25-component
-mixture of the MCGDiff paper (d = 8, 80 and 800, one to four data). Each row is one sampler at its published default or
-at its best preset. Rows are cached in a JSON file, so that the run can be interrupted and continued.
+mixture of the MCGDiff paper (d = 8, 80 and 800, one to four data). Each row is one sampler at its default, at the
+published setting or at its best preset. Rows are cached in a JSON file, so that the run can be interrupted and
+continued.
 
     python benchmarks/exact_posteriors.py run      # grade what is not graded yet
     python benchmarks/exact_posteriors.py write    # write docs/samplers and the table of the README

@@ -99,19 +99,19 @@ def _stats(loop: Loop) -> dict[str, np.ndarray]:
 
 
 def _warn_of_collapse(stats: dict[str, np.ndarray]) -> None:
-    """Warn once, with the figure, where the particles of a case came down to fewer than two effective ones.
+    """Warn once, with the figures, where the weights left a case fewer than two effective particles.
 
     Two or three particles say nothing either way.
     """
-    if "ess" not in stats or stats["ess"].shape[1] < 4 or not np.isfinite(stats["ess"]).any():
+    run = stats.get("ess_run", stats.get("ess"))
+    if run is None or run.shape[1] < 4 or not np.isfinite(run).any():
         return
-    case, draw = np.unravel_index(np.nanargmin(stats["ess"]), stats["ess"].shape)
-    least = float(stats["ess"][case, draw])
-    if least < 2:
+    place = np.unravel_index(np.nanargmin(run), run.shape)
+    if run[place] < 2:
         warnings.warn(
-            f"The particles' weights collapsed: along the run the effective sample size of case {case} fell to "
-            f"{least:.2f} of {stats['ess'].shape[1]}, so its draws show less uncertainty than there is; "
-            "ask for more draws or steps, or use a sampler that does not weight.",
+            f"The particles' weights collapsed: the effective sample size of case {place[0]} fell to "
+            f"{stats['ess'][place]:.2f} of {run.shape[1]}, and to {run[place]:.2f} over all resamplings; its "
+            "draws may show less uncertainty than there is. Ask for more draws, or use a sampler without weights.",
             stacklevel=4,
         )
 

@@ -151,8 +151,8 @@ class Run:
         kind: Whether the draws are posterior draws, a point estimate, or an ensemble.
         draws: The draws, in image space.
         stats: Arrays ``(N, S)``: ``nfe``, ``vjp``, ``noe``, ``wall_s``, ``log_likelihood``,
-            ``residual_norm``, ``status`` (of `STATUSES`) and optionally ``log_weight``, ``ess``, ``accepted`` and
-            ``trail`` (with axes of its own after the first two).
+            ``residual_norm``, ``status`` (of `STATUSES`) and optionally ``log_weight``, ``ess``, ``ess_run``,
+            ``accepted`` and ``trail`` (with axes of its own after the first two).
         observed: ``y`` ``(N, *range)`` and optionally ``mask``, ``sigma``.
         range_space: Space of one measurement.
         x_true: Truth where simulated, ``(N, *image)``.

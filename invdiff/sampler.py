@@ -27,7 +27,7 @@ State = dict[str, Tensor]
 #: Entries of the last state kept with the draw's statistics: log-weight and effective sample sizes of ensembles
 #: (the smallest, and over all resamplings); accepted share of Metropolis moves; facts along a chain, to tell
 #: whether it still drifts; network calls one after another where steps are solved in parallel.
-RECORDED = ("log_weight", "ess", "accepted", "trail", "rounds")
+RECORDED = ("log_weight", "ess", "ess_run", "accepted", "trail", "rounds")
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ _STATS = {
     "accepted": ("share of Metropolis moves that were accepted", "1"),
     "trail": ("facts about the draw at the beginning, half-way through and at the end of its chain", "1"),
     "ess": ("smallest effective sample size of the case's particles along the run", "1"),
+    "ess_run": ("effective sample size of the case's particles over all resamplings", "1"),
 }
 
 

@@ -3,7 +3,17 @@
 from invdiff.primitives.ensemble import kalman_increment
 from invdiff.primitives.mcmc import hmc, langevin, mala
 from invdiff.primitives.optim import adam
-from invdiff.primitives.smc import conditioned, ess, groups, log_normal, normalise, resample, shared
+from invdiff.primitives.smc import (
+    conditioned,
+    ess,
+    groups,
+    log_normal,
+    normalise,
+    particles,
+    resample,
+    select,
+    shared,
+)
 from invdiff.primitives.solve import cg, gaussian_draw, gaussian_prox
 from invdiff.primitives.transitions import ddim, extrapolate, mix_noise, probability_flow, renoise
 from invdiff.primitives.tweedie import tweedie_update, tweedie_weights
@@ -25,9 +35,11 @@ __all__ = [
     "mala",
     "mix_noise",
     "normalise",
+    "particles",
     "probability_flow",
     "renoise",
     "resample",
+    "select",
     "shared",
     "tweedie_update",
     "tweedie_weights",

@@ -24,6 +24,35 @@ def groups(rng: Streams) -> list[tuple[int, slice]]:
     return out
 
 
+def particles(rows: int, rng: Streams, device: torch.device) -> dict[str, Tensor]:
+    """Return the accounts of particles that have not been weighted yet: see `select`."""
+    zero = torch.zeros(rows, dtype=torch.float64, device=device)
+    return {"log_weight": zero, "ess": ess(zero, rng), "ess_run": ess(zero, rng)}
+
+
+def select(
+    state: dict[str, Tensor], log_weight: Tensor, rng: Streams, threshold: float = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Resample where `resample` would, and keep the accounts that the driver stores.
+
+    Args:
+        state: Holds the accounts so far.
+        log_weight: New weights, ``(B,)``.
+        rng: Streams of the rows.
+        threshold: Share of effective particles at or below which a case is resampled.
+
+    Returns:
+        Index of the ancestor of each row, and ``log_weight`` after resampling; ``ess``, the smallest effective
+        sample size of the case so far; ``ess_run``, with ``1 / ess_run = 1 / N + sum (1 / ess - 1 / N)`` over all
+        resamplings: what is left of ``N`` particles for a feature that the chain never changes afterwards.
+    """
+    size, whole = ess(log_weight, rng), ess(torch.zeros_like(log_weight), rng)
+    index, log_weight = resample(log_weight, rng, threshold)
+    lost = torch.where(size <= threshold * whole, 1 / size - 1 / whole, torch.zeros_like(size))
+    run = 1 / (1 / state["ess_run"] + lost.clamp_min(0))
+    return index, {"log_weight": log_weight, "ess": torch.minimum(state["ess"], size), "ess_run": run}
+
+
 def shared(x: Tensor, rng: Streams) -> Tensor:
     """Give every row the values of its case's first row (numbers that a whole ensemble shares)."""
     first = [rows.start for _, rows in groups(rng) for _ in range(rows.stop - rows.start)]
@@ -34,10 +63,14 @@ def normalise(log_weight: Tensor, rng: Streams) -> Tensor:
     """Return weights ``w_i = exp(l_i) / sum_j exp(l_j)`` over each case, ``(B,)``; uniform where all vanish."""
     out = torch.empty_like(log_weight)
     for _, rows in groups(rng):
-        l = torch.nan_to_num(log_weight[rows], nan=-torch.inf, posinf=-torch.inf)
-        w = torch.softmax(l, 0)
+        w = torch.softmax(_usable(log_weight[rows]), 0)
         out[rows] = w if bool(torch.isfinite(w).all()) else torch.full_like(w, 1 / len(w))
     return out
+
+
+def _usable(log_weight: Tensor) -> Tensor:
+    """Give no weight to a particle whose weight is not a number."""
+    return torch.nan_to_num(log_weight, nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
 
 
 def ess(log_weight: Tensor, rng: Streams) -> Tensor:
@@ -72,7 +105,7 @@ def resample(log_weight: Tensor, rng: Streams, threshold: float = 1.0) -> tuple[
         positions = (torch.arange(count, dtype=torch.float64, device=weights.device) + uniform) / count
         edges = weights[rows].double().cumsum(0)
         index[rows] = rows.start + torch.searchsorted(edges / edges[-1], positions).clamp_max(count - 1)
-        new[rows] = torch.logsumexp(log_weight[rows], 0) - torch.log(torch.tensor(float(count)))
+        new[rows] = torch.logsumexp(_usable(log_weight[rows]), 0) - torch.log(torch.tensor(float(count)))
     return index, new
 
 

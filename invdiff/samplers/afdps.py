@@ -27,7 +27,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from invdiff.primitives import ddim, ess, extrapolate, resample
+from invdiff.primitives import ddim, extrapolate, particles, select
 from invdiff.primitives.curvature import stiffness
 from invdiff.rng import Streams
 from invdiff.sampler import Context, Sampler, State
@@ -61,31 +61,23 @@ class AFDPS(Sampler):
         """Start from noise; find the curvature of the likelihood."""
         x = super().init(ctx, rows, rng)["x"]
         curvature = stiffness(ctx.measured, torch.zeros_like(x)).double()
-        zero = torch.zeros(rows, dtype=torch.float64, device=x.device)
-        weights = {"potential": zero, "log_weight": zero.clone(), "ess": ess(zero, rng)}
-        return {"x": x, "curvature": curvature, **weights}
+        potential = torch.zeros(rows, dtype=torch.float64, device=x.device)
+        return {"x": x, "curvature": curvature, "potential": potential, **particles(rows, rng, x.device)}
 
     def step(self, k: int, state: State, ctx: Context, rng: Streams) -> State:
-        """Resample, move under the tempered likelihood, weight."""
-        (s, t), problem = ctx.level(k), ctx.measured
-        index, log_weight = resample(state["log_weight"], rng, self.threshold)
-        state = {**{key: v[index] for key, v in state.items()}, "ess": state["ess"], "log_weight": log_weight}
-        x = state["x"]
+        """Move under the tempered likelihood, weight, resample."""
+        x, (s, t), problem = state["x"], ctx.level(k), ctx.measured
         d = ctx.denoise(x, s)
-        ahead = extrapolate(d, state.get("d") if self.order == 2 else None, ctx.sigmas, k)
+        new = ahead = extrapolate(d, state.get("d") if self.order == 2 else None, ctx.sigmas, k)
         beta = (1 - t / float(ctx.sigmas[0])) / (1 + state["curvature"] * t * t)
-        new, log_ratio = ahead, torch.zeros_like(log_weight)
+        log_weight = state["log_weight"] - state["potential"]
         if t > 0:
             g = t * math.sqrt(1 - (t / s) ** 2)
             mean, noise = ddim(x, ahead, s, t, 1.0, None), ctx.noise(rng, x.shape[0])
             shift = g * per_row(beta, x) * problem.grad_log_likelihood(mean)
             new = mean + g * (noise + shift)
-            log_ratio = -0.5 * real_inner(shift, shift).double() - real_inner(shift, noise).double()
+            log_weight = log_weight - (0.5 * real_inner(shift, shift) + real_inner(shift, noise)).double()
         potential = beta * problem.log_likelihood(new).double()
-        log_weight = state["log_weight"] + potential - state["potential"] + log_ratio
-        least = torch.minimum(state["ess"], ess(log_weight, rng))
-        if t == 0:
-            index, log_weight = resample(log_weight, rng)
-            new = new[index]
-        changed = {"x": new.to(x.dtype), "d": d, "potential": potential, "log_weight": log_weight, "ess": least}
-        return {**state, **changed}
+        index, weights = select(state, log_weight + potential, rng, 1.0 if t == 0 else self.threshold)
+        kept = {"x": new.to(x.dtype), "d": d, "potential": potential, "curvature": state["curvature"]}
+        return {**{key: v[index] for key, v in kept.items()}, **weights}

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from invdiff import schedule as schedules
-from invdiff.primitives import ess, extrapolate, log_normal, probability_flow, resample
+from invdiff.primitives import extrapolate, log_normal, particles, probability_flow, select
 from invdiff.primitives.spectral import spectrum
 from invdiff.rng import Streams
 from invdiff.sampler import Context, Sampler, State
@@ -69,9 +69,8 @@ class DDSMC(Sampler):
 
     def init(self, ctx: Context, rows: int, rng: Streams) -> State:
         """Start from noise, equally weighted."""
-        zero = torch.zeros(rows, dtype=torch.float64, device=ctx.device)
-        start = super().init(ctx, rows, rng)
-        return {**start, "log_weight": zero, "twist": zero.clone(), "ess": ess(zero, rng)}
+        twist = torch.zeros(rows, dtype=torch.float64, device=ctx.device)
+        return {**super().init(ctx, rows, rng), "twist": twist, **particles(rows, rng, ctx.device)}
 
     def step(self, k: int, state: State, ctx: Context, rng: Streams) -> State:
         """Finish the weights of the last step, resample, propose."""
@@ -82,8 +81,7 @@ class DDSMC(Sampler):
         rho2 = 1 / (1 / s**2 + 1 / ctx.spread(self.spread) ** 2)
         twist = log_normal(target, torch.where(seen, svd.vh(d), target), torch.where(seen, rho2 + tau**2, 1.0))
         log_weight = state["log_weight"] + twist - state["twist"]
-        least = torch.minimum(state["ess"], ess(log_weight, rng))
-        index, log_weight = resample(log_weight, rng, 1.0 if t == 0 else self.threshold)
+        index, weights = select(state, log_weight, rng, 1.0 if t == 0 else self.threshold)
         x, d, twist = x[index], d[index], twist[index]
         second = self.order == 2 and self.eta == 1 and self.reconstruct == "tweedie"
         ahead = extrapolate(d, state["d"][index] if second and "d" in state else None, ctx.sigmas, k)
@@ -93,14 +91,14 @@ class DDSMC(Sampler):
         z = ctx.noise(rng, x.shape[0])
         mean, free = f * ahead + (1 - f) * x, svd.vh(f * ahead + (1 - f) * x)
         bound = free + f * gain * (target - svd.vh(ahead))
-        new = {"d": d, "twist": twist, "log_weight": log_weight, "ess": least}
+        new = {"d": d, "twist": twist, **weights}
         if t == 0:
             return {"x": (mean + svd.v(bound - free)).to(x.dtype), **new}
         shrink = (f / (t * t) * rho2 * gain).clamp(max=0.99)  # of the variance, seen from the data
         c = svd.vh(z)
         there = bound + g * (1 - shrink).sqrt() * c
         ratio = log_normal(there, free, g * g) - log_normal(there, bound, g * g * (1 - shrink))
-        new["log_weight"] = log_weight + ratio
+        new["log_weight"] = weights["log_weight"] + ratio
         return {"x": (mean + g * z + svd.v(there - free - g * c)).to(x.dtype), **new}
 
     def _reconstruct(self, x: Tensor, s: float, ctx: Context) -> Tensor:

@@ -23,7 +23,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from invdiff.primitives import conditioned, ess, extrapolate, log_normal, resample, shared
+from invdiff.primitives import conditioned, extrapolate, log_normal, particles, select, shared
 from invdiff.primitives.spectral import spectrum
 from invdiff.rng import Streams
 from invdiff.sampler import Context, Sampler, State
@@ -65,8 +65,7 @@ class FPSSMC(Sampler):
         noise = ctx.noise(rng, rows)
         z = svd.vh(noise)
         x = s * noise + svd.v(conditioned(torch.zeros_like(z), z, s, target + svd.vh(path), tau**2))
-        zero = torch.zeros(rows, dtype=torch.float64, device=x.device)
-        return {"x": x.to(noise.dtype), "path": path, "log_weight": zero, "ess": ess(zero, rng)}
+        return {"x": x.to(noise.dtype), "path": path, **particles(rows, rng, x.device)}
 
     def step(self, k: int, state: State, ctx: Context, rng: Streams) -> State:
         """Move the data, weight, resample, draw from the conditional kernel."""
@@ -79,14 +78,13 @@ class FPSSMC(Sampler):
         d = ctx.denoise(x, s)
         ahead = extrapolate(d, state.get("d") if self.order == 2 else None, ctx.sigmas, k)
         mean = ahead + keep * (x - ahead)
-        log_weight, least = state["log_weight"], state["ess"]
+        log_weight = state["log_weight"]
         if self.weigh and t > 0:
             seen = tau < torch.inf
             guess = torch.where(seen, svd.vh(mean), target)
             log_weight = log_weight + log_normal(target, guess, torch.where(seen, tau**2 + b * b, 1.0))
-            least = torch.minimum(least, ess(log_weight, rng))
-        index, log_weight = resample(log_weight, rng, 1.0 if t == 0 else self.threshold)
+        index, weights = select(state, log_weight, rng, 1.0 if t == 0 else self.threshold)
         noise = ctx.noise(rng, x.shape[0])
         mean = mean[index]
         new = mean + b * noise + svd.v(conditioned(svd.vh(mean), svd.vh(noise), b, target, tau**2))
-        return {"x": new.to(x.dtype), "d": d[index], "path": path, "log_weight": log_weight, "ess": least}
+        return {"x": new.to(x.dtype), "d": d[index], "path": path, **weights}

@@ -27,7 +27,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from invdiff.primitives import conditioned, ess, extrapolate, log_normal, resample
+from invdiff.primitives import conditioned, extrapolate, log_normal, particles, select
 from invdiff.primitives.spectral import spectrum
 from invdiff.rng import Streams
 from invdiff.sampler import Context, Sampler, State
@@ -66,8 +66,7 @@ class MCGDiff(Sampler):
         noise = ctx.noise(rng, rows)
         z = svd.vh(noise)
         x = s * noise + svd.v(conditioned(torch.zeros_like(z), z, s, target, _left(tau, s)))
-        zero = torch.zeros(rows, dtype=torch.float64, device=x.device)
-        return {"x": x.to(noise.dtype), "log_weight": zero, "ess": ess(zero, rng)}
+        return {"x": x.to(noise.dtype), **particles(rows, rng, x.device)}
 
     def step(self, k: int, state: State, ctx: Context, rng: Streams) -> State:
         """Weight by how well the next level can meet the data, resample, draw from the guided kernel."""
@@ -77,9 +76,8 @@ class MCGDiff(Sampler):
         ahead = extrapolate(d, state.get("d") if self.order == 2 else None, ctx.sigmas, k)
         c, dc = svd.vh(x), svd.vh(ahead)
         log_weight = state["log_weight"] + _increment(c, dc, target, tau, s, t)
-        size = torch.minimum(state["ess"], ess(log_weight, rng))
         last = not bool((tau < t).any())
-        index, log_weight = resample(log_weight, rng, 1.0 if last else self.threshold)
+        index, weights = select(state, log_weight, rng, 1.0 if last else self.threshold)
         x, d, ahead, c, dc = (v[index] for v in (x, d, ahead, c, dc))  # target and tau are the case's own
         shrink = (t / s) ** 2
         g = t * math.sqrt(1 - shrink)
@@ -91,7 +89,7 @@ class MCGDiff(Sampler):
         if bool(crossed.any()):
             change = torch.where(crossed, _cross(c, dc, z, target, tau, s, t) - mean - g * z, change)
         new = ahead + shrink * (x - ahead) + g * noise + svd.v(change)
-        return {"x": new.to(x.dtype), "d": d, "log_weight": log_weight, "ess": size}
+        return {"x": new.to(x.dtype), "d": d, **weights}
 
 
 def _left(tau: Tensor, t: float) -> Tensor:

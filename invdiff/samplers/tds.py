@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import InvdiffError
-from invdiff.primitives import ddim, ess, extrapolate, gaussian_prox, mala, resample, tweedie_weights
+from invdiff.primitives import ddim, extrapolate, gaussian_prox, mala, particles, select, tweedie_weights
 from invdiff.primitives.curvature import stiffness
 from invdiff.rng import Streams
 from invdiff.sampler import Context, Sampler, State
@@ -82,20 +82,18 @@ class TDS(Sampler):
             raise InvdiffError(
                 "tds weighs particles by the likelihood, and sigma is 0; use mcgdiff or give it noise."
             )
-        zero = torch.zeros(rows, dtype=torch.float64, device=ctx.device)
-        start = super().init(ctx, rows, rng)
-        return {**start, "log_weight": zero, "twist": zero.clone(), "ess": ess(zero, rng)}
+        twist = torch.zeros(rows, dtype=torch.float64, device=ctx.device)
+        return {**super().init(ctx, rows, rng), "twist": twist, **particles(rows, rng, ctx.device)}
 
     def step(self, k: int, state: State, ctx: Context, rng: Streams) -> State:
         """Finish the weights of the last step, resample, propose."""
         x, (s, t) = state["x"], ctx.level(k)
         d, guided, twist = self._twist(x, s, ctx)
         log_weight = state["log_weight"] + twist - state["twist"]
-        least = torch.minimum(state["ess"], ess(log_weight, rng))
-        index, log_weight = resample(log_weight, rng, 1.0 if t == 0 else self.threshold)
+        index, weights = select(state, log_weight, rng, 1.0 if t == 0 else self.threshold)
         state = {key: v[index] for key, v in state.items()}
         x, d, guided, twist = x[index], d[index], guided[index], twist[index]
-        new = {"d": d, "guided": guided, "twist": twist, "log_weight": log_weight, "ess": least}
+        new = {"d": d, "guided": guided, "twist": twist, **weights}
         if t == 0:
             return {"x": self._settle(x, guided, s, ctx, rng), **new}
         second = self.order == 2
@@ -105,7 +103,7 @@ class TDS(Sampler):
         g = t * math.sqrt(1 - (t / s) ** 2)
         shift = (1 - (t / s) ** 2) / g * (bound - free)  # between the means of proposal and kernel, over g
         log_ratio = -0.5 * real_inner(shift, shift) - real_inner(shift, noise)
-        new["log_weight"] = log_weight + log_ratio.double()
+        new["log_weight"] = weights["log_weight"] + log_ratio.double()
         return {"x": ddim(x, bound, s, t, 1.0, noise), **new}
 
     def _twist(self, x: Tensor, s: float, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from invdiff.primitives import conditioned, ess, log_normal, mala, normalise, resample, shared
+from invdiff.primitives import conditioned, ess, log_normal, mala, normalise, particles, resample, select, shared
 from invdiff.rng import Streams
 
 
@@ -27,6 +27,27 @@ def test_resampling_keeps_cases_apart_and_has_the_right_law():
     assert torch.allclose(new[:1000].logsumexp(0), l[:1000].logsumexp(0))
     kept, same = resample(l, rng, threshold=0.0)
     assert (kept == torch.arange(2000)).all() and (same == l).all()
+
+
+def test_a_particle_without_a_weight_is_replaced_and_spoils_no_other():
+    rng = streams(1, 4)
+    index, new = resample(torch.tensor([0.0, float("nan"), 0.0, -torch.inf], dtype=torch.float64), rng)
+    assert set(index.tolist()) == {0, 2} and torch.isfinite(new).all()
+
+
+def test_accounts_of_the_particles():
+    rng = streams(2, 4)
+    accounts = particles(8, rng, torch.device("cpu"))
+    weight = torch.tensor([0.0, 0, -torch.inf, -torch.inf, 0, 0, 0, 0], dtype=torch.float64)
+    _, accounts = select(accounts, weight, rng, threshold=0.6)
+    assert accounts["ess"].tolist() == [2, 2, 2, 2, 4, 4, 4, 4]
+    _, accounts = select(accounts, weight, rng, threshold=0.6)
+    assert torch.allclose(
+        accounts["ess_run"][:4], torch.full((4,), 4 / 3, dtype=torch.float64)
+    )  # 1/4 + 2 (1/2 - 1/4)
+    assert torch.allclose(accounts["ess_run"][4:], torch.full((4,), 4.0, dtype=torch.float64))
+    _, kept = select(accounts, weight, rng, threshold=0.1)
+    assert torch.equal(kept["ess_run"], accounts["ess_run"]) and torch.equal(kept["log_weight"], weight)
 
 
 def test_what_a_case_shares_is_its_first_row():
