@@ -604,7 +604,8 @@ def lead(found: list[Measured]) -> str:
     ours = [row for row in found if row[1]["group"] == "ours"]
     if not ours:
         return ""
-    label, best, _ = ours[0]
+    most = max(len(entry["slices"]) for _, entry, _ in ours)
+    label, best, _ = next(row for row in ours if len(row[1]["slices"]) == most)
     parts = []
     for name in PEERS:
         if peers := [row for row in found if row[0].startswith(f"deepinv {name},")]:
