@@ -36,7 +36,16 @@ MIXTURES = [(d, m) for d in (8, 80, 800) for m in (1, 2, 4)]
 MIXTURE_SEEDS = range(10)
 FIELD_DRAWS, MIXTURE_DRAWS = 256, 2000
 #: Rows too expensive for two cores beyond the first field: thousands of moves, VJPs or candidates a draw.
-EXPENSIVE = {("daps", "published"), ("tmpd", "published"), ("lgd", "published"), ("scg", "default")}
+EXPENSIVE = {
+    ("daps", "published"),
+    ("dpg", "published"),
+    ("eventguided", "published"),
+    ("lgd", "default"),
+    ("scoreald", "published"),
+    ("tmpd", "published"),
+}
+#: Rows too expensive for two cores at all: 512 candidates at each of 1000 steps.
+TOO_EXPENSIVE = {("scg", "published")}
 #: Samplers that mixtures leave out: the chain keeps the mode weights of its start (see ``tds`` for mixtures).
 FIELDS_ONLY = {"certified"}
 #: Samplers of volumes, which have no such problem here.
@@ -110,7 +119,8 @@ def run(only: list[str], chosen: list[str], seeds: int) -> None:
                 for setting, preset in settings.items():
                     costly = (name, setting) in EXPENSIVE and problem != "mask-32"
                     unfit = name in FIELDS_ONLY and problem.startswith("mixture")
-                    if costly or unfit or (only and name not in only):
+                    never = (name, setting) in TOO_EXPENSIVE
+                    if costly or never or unfit or (only and name not in only):
                         continue
                     sampler = configuration(name, preset)
                     config = json.loads(json.dumps(dataclasses.asdict(sampler)))

@@ -16,7 +16,7 @@ from invdiff.primitives.smc import (
 )
 from invdiff.primitives.solve import cg, gaussian_draw, gaussian_prox
 from invdiff.primitives.transitions import ddim, extrapolate, mix_noise, probability_flow, renoise
-from invdiff.primitives.tweedie import tweedie_update, tweedie_weights
+from invdiff.primitives.tweedie import guidance_length, nonlinear_rest, tweedie_update, tweedie_weights
 
 __all__ = [
     "adam",
@@ -28,12 +28,14 @@ __all__ = [
     "gaussian_draw",
     "gaussian_prox",
     "groups",
+    "guidance_length",
     "hmc",
     "kalman_increment",
     "langevin",
     "log_normal",
     "mala",
     "mix_noise",
+    "nonlinear_rest",
     "normalise",
     "particles",
     "probability_flow",

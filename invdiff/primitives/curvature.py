@@ -43,6 +43,21 @@ def stiffness(problem: Problem, x: Tensor, iterations: int = 30) -> Tensor:
     return value
 
 
+def prior_stiffness(pull: Callable[[Tensor], Tensor], v: Tensor, s: float, iterations: int = 4) -> Tensor:
+    """Return the largest eigenvalue of ``(I - J) / s^2``, the curvature of ``-log p_s``, per row, ``(B,)``.
+
+    Args:
+        pull: ``v -> J^T v`` of the denoiser at the point.
+        v: Where the power iterations start, ``(B, ...)``.
+        s: Noise level.
+        iterations: Power iterations.
+    """
+    for _ in range(iterations):
+        v = v / per_row(norm(v), v)
+        v = (v - pull(v)) / s**2
+    return norm(v)
+
+
 def root_of_rest(apply: Callable[[Tensor], Tensor], x: Tensor, top: float = 0.9, degree: int = 20) -> Tensor:
     """Return ``(I - M)^(1/2) x`` for Hermitian ``M`` with spectrum in ``[0, top]``, ``top`` below 1.
 

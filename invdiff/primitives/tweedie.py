@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from invdiff.primitives.solve import cg
 from invdiff.problem import Problem
+from invdiff.spaces import per_row, real_inner
 
 
 def tweedie_weights(
@@ -20,7 +22,7 @@ def tweedie_weights(
     sigma^2)``, to second order in the error of the solve.
 
     Args:
-        problem: Linear problem with a quadratic surrogate likelihood.
+        problem: Problem with a quadratic surrogate likelihood; a nonlinear operator is linearised at ``d``.
         d: ``D(x, s)``, ``(B, *domain)``.
         pull: ``v -> J^T v``.
         s: Noise level of ``x``.
@@ -32,7 +34,7 @@ def tweedie_weights(
 
     def gram(v: Tensor) -> Tensor:
         """``(A C A^H + sigma^2) v``, divided by ``s^2`` to stay of order one."""
-        return a(pull(a.vjp(d, v))) + (sigma / s) ** 2 * v
+        return a.jvp(d, pull(a.vjp(d, v))) + (sigma / s) ** 2 * v
 
     return cg(gram, problem.residual(d), tol=tol, max_iter=max_iter)
 
@@ -45,3 +47,38 @@ def tweedie_update(
     Exact where ``p(x0 | x)`` is Gaussian; the arguments are those of `tweedie_weights`.
     """
     return d + pull(problem.operator.vjp(d, tweedie_weights(problem, d, pull, s, tol, max_iter)))
+
+
+def guidance_length(problem: Problem, d: Tensor, near: Tensor, move: Tensor) -> Tensor:
+    """Return the length of ``move = C A^H z``, ``z = (y - A near) / sigma^2``, that fits the data best, per row.
+
+    One conjugate-gradient step on ``A C A^H + sigma^2 I`` along ``z``: 1 where ``C = r^2 I`` with the ``r`` of the
+    proximal point ``near``, less where the denoiser's own covariance ``C`` is larger and guidance would diverge.
+
+    Args:
+        problem: Linear problem with a quadratic surrogate likelihood.
+        d: ``D(x, s)``, ``(B, *domain)``.
+        near: Proximal point of ``d``.
+        move: Guidance of full length.
+    """
+    rest, here = problem.residual(near), problem.residual(d)
+    z = rest / problem.sigma(near) ** 2
+    bend = real_inner(z, here - problem.residual(d + move)) + real_inner(z, rest)
+    return per_row(real_inner(z, here) / torch.where(bend > 0, bend, torch.inf), d)
+
+
+def nonlinear_rest(
+    problem: Problem, d: Tensor, z: Tensor, gradients: Tensor, points: list[Tensor]
+) -> list[Tensor]:
+    """Return mean and variance of ``C(D + n) - C(D) - G n`` over ``points`` ``n``, two tensors ``(B, m)``.
+
+    Args:
+        problem: Problem with the operator ``C``.
+        d: ``D``, ``(B, *domain)``.
+        z: ``C(D)``.
+        gradients: Rows of the Jacobian ``G`` at ``D``, ``(B, m, n)``.
+        points: Tensors shaped as ``d``, at least two for a variance.
+    """
+    changes = [(problem.operator(d + n) - z).flatten(1) for n in points]
+    rest = torch.stack([c - (gradients @ n.flatten(1)[..., None])[..., 0] for c, n in zip(changes, points)])
+    return [rest.mean(0), rest.var(0)]

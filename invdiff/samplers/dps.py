@@ -47,6 +47,7 @@ class DPS(Sampler):
     presets: ClassVar = {
         "published": {"zeta": 0.3, "order": 1},
         "tuned": {"zeta": 0.1, "order": 2},
+        "100-steps": {"steps": 100, "zeta": 10.0},
         "super-resolution": {"zeta": 0.3, "order": 1},
         "gaussian-deblur": {"zeta": 0.3, "order": 1},
         "motion-deblur": {"zeta": 0.3, "order": 1},

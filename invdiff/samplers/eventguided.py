@@ -33,8 +33,7 @@ from torch import Tensor
 
 from invdiff.errors import CapabilityError, InvdiffError
 from invdiff.likelihoods_event import Event
-from invdiff.primitives import cg, ddim, extrapolate
-from invdiff.problem import Problem
+from invdiff.primitives import ddim, extrapolate, nonlinear_rest, tweedie_update
 from invdiff.rng import Streams
 from invdiff.sampler import Context, Sampler, State
 
@@ -100,12 +99,14 @@ class EventGuided(Sampler):
         if self.weights and t == 0:
             last = problem.log_likelihood(d).clamp_min(-1e30)
             return {**state, "x": d, "log_weight": state["log_weight"] + last}
-        with_event = isinstance(problem.likelihood, Event)
-        move = self._event(ctx, d, pull, s, rng) if with_event else self._data(problem, d, pull, s)
+        if isinstance(problem.likelihood, Event):
+            guided = d + self._event(ctx, d, pull, s, rng)
+        else:
+            guided = tweedie_update(problem, d, pull, s, self.tol, self.cg_iterations)
         noise = ctx.noise(rng, len(d)) if self.eta else None
         second = self.order == 2
-        ahead = extrapolate(d + move, state.get("guided") if second else None, ctx.sigmas, k)
-        out = {"x": ddim(x, ahead, s, t, self.eta, noise), "guided": d + move}
+        ahead = extrapolate(guided, state.get("guided") if second else None, ctx.sigmas, k)
+        out = {"x": ddim(x, ahead, s, t, self.eta, noise), "guided": guided}
         if self.weights:
             assert noise is not None
             plain = extrapolate(d, state.get("plain") if second else None, ctx.sigmas, k)
@@ -114,13 +115,6 @@ class EventGuided(Sampler):
             out["log_weight"] = state["log_weight"] - 0.5 * (gap**2).sum(1) - (gap * noise.flatten(1)).sum(1)
             out["plain"] = d
         return out
-
-    def _data(self, problem: Problem, d: Tensor, pull: Pull, s: float) -> Tensor:
-        """Return ``S G^T (V + sigma^2)^-1 (y - C(D))``."""
-        c, ratio = problem.operator, (problem.sigma(d) / s) ** 2
-        rest = problem.residual(d)
-        w = cg(lambda v: c.jvp(d, pull(c.vjp(d, v))) + ratio * v, rest, tol=self.tol, max_iter=self.cg_iterations)
-        return pull(c.vjp(d, w))
 
     def _event(self, ctx: Context, d: Tensor, pull: Pull, s: float, rng: Streams) -> Tensor:
         """Return ``S G^T w``; ``V`` and the rows of ``G`` are held whole, there are few."""
@@ -134,17 +128,11 @@ class EventGuided(Sampler):
         v = 0.5 * (rows @ spread.mT + spread @ rows.mT)
         least = self.floor * s * s * (rows**2).sum(2)
         v = v + torch.diag_embed((least - v.diagonal(dim1=1, dim2=2)).clamp_min(0))
-        shift, more = self._rest(ctx, d, z, rows, s, rng)
-        w = likelihood.weigh(z.flatten(1).to(d.dtype) + shift, v + torch.diag_embed(more), problem.y)
+        mean = z.flatten(1).to(d.dtype)
+        if self.probes > 1 and "linear" not in c.capabilities:
+            r = s / math.sqrt(1 + (s / ctx.spread(None)) ** 2)
+            points = [r * ctx.noise(rng, len(d)) for _ in range(self.probes)]
+            shift, more = nonlinear_rest(problem, d, z, rows, points)
+            mean, v = mean + shift, v + torch.diag_embed(more)
+        w = likelihood.weigh(mean, v, problem.y)
         return (w[:, None] @ spread).reshape(d.shape)
-
-    def _rest(self, ctx: Context, d: Tensor, z: Tensor, rows: Tensor, s: float, rng: Streams) -> list[Tensor]:
-        """Return mean and variance of what ``C`` has besides its linear part near ``D``, ``(B, m)``."""
-        c = ctx.measured.operator
-        none = torch.zeros_like(rows[..., 0])
-        if self.probes < 2 or "linear" in c.capabilities:
-            return [none, none]
-        r = s / math.sqrt(1 + (s / ctx.spread(None)) ** 2)
-        points = [r * ctx.noise(rng, len(d)) for _ in range(self.probes)]
-        rest = torch.stack([(c(d + n) - z).flatten(1) - (rows @ n.flatten(1)[..., None])[..., 0] for n in points])
-        return [rest.mean(0), rest.var(0)]

@@ -24,14 +24,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from invdiff.primitives import ddim, extrapolate, gaussian_prox
-from invdiff.problem import Problem
+from invdiff.primitives import ddim, extrapolate, gaussian_prox, guidance_length
 from invdiff.rng import Streams
 from invdiff.sampler import Context, Sampler, State
-from invdiff.spaces import per_row, real_inner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +77,7 @@ class PiGDM(Sampler):
             return {"x": ddim(x, d, s, t, self.eta, noise) + c * moved}
         full = (s * s / r2) * moved
         if self.line_search:
-            full = full * self._length(ctx.measured, d, near, full)
+            full = full * guidance_length(ctx.measured, d, near, full)
         d = d + full
         ahead = extrapolate(d, state.get("d") if self.order == 2 else None, ctx.sigmas, k)
         return {"x": ddim(x, ahead, s, t, self.eta, noise), "d": d}
-
-    def _length(self, problem: Problem, d: Tensor, near: Tensor, full: Tensor) -> Tensor:
-        """One conjugate-gradient step on ``A C A^H + sigma^2 I`` along ``z = (y - A near) / sigma^2``."""
-        rest, here = problem.residual(near), problem.residual(d)
-        z = rest / problem.sigma(near) ** 2
-        change = here - problem.residual(d + full)  # A C A^H z
-        curvature = real_inner(z, change) + real_inner(z, rest)
-        return per_row(real_inner(z, here) / torch.where(curvature > 0, curvature, torch.inf), d)

@@ -31,11 +31,20 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import InvdiffError
-from invdiff.primitives import ddim, extrapolate, gaussian_prox, mala, particles, select, tweedie_weights
-from invdiff.primitives.curvature import stiffness
+from invdiff.primitives import (
+    ddim,
+    extrapolate,
+    gaussian_prox,
+    guidance_length,
+    mala,
+    particles,
+    select,
+    tweedie_weights,
+)
+from invdiff.primitives.curvature import prior_stiffness, stiffness
 from invdiff.rng import Streams
 from invdiff.sampler import Context, Sampler, State
-from invdiff.spaces import norm, per_row, real_inner
+from invdiff.spaces import real_inner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +128,8 @@ class TDS(Sampler):
         rest = problem.residual(near) / problem.sigma(near)
         cost = real_inner(rest, rest) + real_inner(near - d, near - d) / r2
         move = (s * s / r2) * pull(near - d)
-        if self.line_search:  # one conjugate-gradient step on A s^2 J A^H + sigma^2 I along rest / sigma
-            z, here = rest / problem.sigma(near), problem.residual(d)
-            bend = real_inner(z, here - problem.residual(d + move)) + real_inner(rest, rest)
-            move = move * per_row(real_inner(z, here) / torch.where(bend > 0, bend, torch.inf), d)
+        if self.line_search:
+            move = move * guidance_length(problem, d, near, move)
         return d, d + move, -0.5 * cost.double()
 
     def _settle(self, x: Tensor, guided: Tensor, s: float, ctx: Context, rng: Streams) -> Tensor:
@@ -135,9 +142,6 @@ class TDS(Sampler):
             return (ctx.denoise(u, s) - u) / s**2 + problem.grad_log_likelihood(u)
 
         _, pull = ctx.denoise.vjp(x, s)
-        v = ctx.noise(rng, x.shape[0])
-        for _ in range(4):  # the prior's stiffness along its stiffest direction
-            v = v / per_row(norm(v), v)
-            v = (v - pull(v)) / s**2
-        step = 2.0 / (x[0].numel() ** (1 / 3) * (stiffness(problem, x) + norm(v)))
+        own = prior_stiffness(pull, ctx.noise(rng, x.shape[0]), s)
+        step = 2.0 / (x[0].numel() ** (1 / 3) * (stiffness(problem, x) + own))
         return mala(x, score, step, self.mala, rng, nodes=4)[0]
