@@ -54,8 +54,13 @@ __all__ = [
 ]
 
 
+_MODULES = ("kernels",)
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
+    if name in _MODULES:
+        return importlib.import_module(f"invdiff.operators.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

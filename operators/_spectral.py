@@ -51,7 +51,8 @@ class SpectralOperator(ParametricOperator):
     def conditional(self, z: Tensor, y: Tensor, sigma: Tensor, tau: Tensor, noise: Tensor) -> Tensor:
         """Return an exact draw of ``x`` given ``y = A x + sigma n`` under the prior ``x ~ N(z, tau^2 I)``.
 
-        ``prox(z, y, sigma^2 / tau^2) + V (s^2 / sigma^2 + 1 / tau^2)^(-1/2) V^H noise``
+        ``prox(z, y, sigma^2 / tau^2) + tau noise + V ((s^2 / sigma^2 + 1 / tau^2)^(-1/2) - tau) V^H noise``, which
+        holds whether or not the coordinates reach the null space.
 
         Args:
             z: Prior mean, ``(B, *domain)``.
@@ -64,11 +65,12 @@ class SpectralOperator(ParametricOperator):
             raise InvdiffError(f"{self.name} has no closed-form Gaussian draw; solve by conjugate gradients.")
         self.domain.check(noise, f"Noise of the conditional draw of {self.name}")
         d = self.svd()
-        c = d.vh(self._enter(noise, self.domain))
+        noise = self._enter(noise, self.domain)
+        c, spread = d.vh(noise), per_row(tau, noise) * noise
         sigma, tau = per_row(sigma, c), per_row(tau, c)
         width = torch.where(d.s > 0, over(sigma * tau, (d.s**2 * tau**2 + sigma**2).sqrt(), d.s > 0), tau)
         rho = ((sigma / tau) ** 2).reshape(-1) if sigma.ndim or tau.ndim else (sigma / tau) ** 2
-        return self.prox(z, y, rho) + d.v(width * c)
+        return self.prox(z, y, rho) + spread + d.v((width - tau) * c)
 
 
 def unchanged(x: Tensor) -> Tensor:

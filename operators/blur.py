@@ -1,4 +1,4 @@
-"""Circular blur: multiplication in the Fourier domain."""
+"""Blur: convolution with a kernel, for every boundary, through spectra, small matrices or sums."""
 
 from __future__ import annotations
 
@@ -11,29 +11,47 @@ from torch import Tensor
 
 from invdiff.errors import InvdiffError
 from invdiff.operator import SVD, apply_linear
+from invdiff.operators import _convolve as convolve
+from invdiff.operators import _separable as separable
 from invdiff.operators._fft import AXES, centred_fft, centred_ifft, hartley
 from invdiff.operators._parameters import as_parameter, as_space
-from invdiff.operators._spectral import SpectralOperator, cut_small
+from invdiff.operators._spectral import CLOSED_FORMS, SpectralOperator, cut_small
 from invdiff.spaces import Space
+
+METHODS = ("auto", "fft", "separable", "direct")
+#: Standard deviations that a Gaussian reaches to where its periods are not summed; what is cut off is 2e-9.
+_REACH = 6.0
 
 
 class Blur(SpectralOperator):
-    """``(A x)[n] = sum_j k[j] x[n - j]`` with a real kernel and periodic boundary, channel by channel.
+    """``(A x)[n] = sum_j k[j] x[n - j]`` with a real kernel, channel by channel.
 
-    The kernel's origin is its element ``size // 2``; it is used as given, not normalised. With the transfer
-    function ``h = |h| exp(i phi)``, ``A = U |h| V^H`` where ``V^H`` is the Fourier transform (Hartley for real
-    images, which keeps the coordinates real) and ``U`` is ``V`` followed by the all-pass filter
-    ``exp(i phi)``. Frequencies with ``|h|`` below rounding count as lost.
+    The kernel's origin is its element ``size // 2``; it is used as given, not normalised. Beyond the edge, ``x``
+    is periodic ("circular"), mirrored without repeating the edge ("reflect", as in ``torch.nn.functional.pad`` and
+    numpy; scipy says "mirror") or zero ("zero"); "valid" keeps only pixels for which no such value is needed,
+    which makes the range smaller.
+
+    The ways to compute it agree to rounding. "auto" takes spectra for periodic images, one small matrix per axis
+    for other boundaries where the kernel is an outer product, and else spectra of the extended image; a direct sum
+    was slower than one of these at every size measured.
+
+    There is a decomposition for periodic images and for outer products. For the former, with the transfer function
+    ``h = |h| exp(i phi)``, ``A = U |h| V^H`` where ``V^H`` is the Fourier transform (Hartley for real images,
+    which keeps the coordinates real) and ``U`` is ``V`` followed by the all-pass filter ``exp(i phi)``.
+    Frequencies with ``|h|`` below rounding count as lost.
 
     Args:
         kernel: ``(ky, kx)``, or ``(N, ky, kx)`` for one kernel per case; at most as large as the image.
         shape: Shape ``(channel, y, x)`` (or ``(y, x)``) of one image, or its whole Space.
+        boundary: "circular", "reflect", "zero" or "valid".
+        method: "auto", "fft", "separable" (for outer products) or "direct".
         dtype: Precision, and real or complex; that of the Space, or float32.
         units: Units of the image.
         spacing: Distance between neighbours, per named dimension.
 
     Raises:
-        InvdiffError: If the kernel is complex, not finite, all zero, of another rank, or larger than the image.
+        InvdiffError: If the kernel is complex, not finite, all zero, of another rank, or larger than the image, or
+            "separable" is asked for with a kernel that is no outer product.
     """
 
     _per_case = ("kernel",)
@@ -43,56 +61,112 @@ class Blur(SpectralOperator):
         kernel: Any,
         shape: Space | Sequence[int],
         *,
+        boundary: str = "circular",
+        method: str = "auto",
         dtype: torch.dtype | None = None,
         units: str | None = None,
         spacing: Mapping[str, float] | None = None,
     ) -> None:
-        self.domain = self.range = as_space(shape, dtype, units, spacing)
-        if len(self.domain.shape) < 2:
-            raise InvdiffError(f"A blur needs images of at least two axes (y, x), got shape {self.domain.shape}.")
-        values = as_parameter(kernel, "The blur kernel")
-        if values.is_complex() or values.ndim not in (2, 3) or not values.numel():
-            raise InvdiffError(
-                f"The blur kernel has shape {tuple(values.shape)} and dtype {values.dtype}, "
-                "expected real (ky, kx) or (cases, ky, kx)."
-            )
-        if any(k > n for k, n in zip(values.shape[-2:], self.domain.shape[-2:])):
-            raise InvdiffError(
-                f"The blur kernel {tuple(values.shape[-2:])} is larger than the image {self.domain.shape[-2:]}."
-            )
-        values = values if values.ndim == 3 else values[None]
-        if bool((values == 0).flatten(1).all(1).any()):
-            raise InvdiffError("The blur kernel is zero everywhere; give one with a non-zero value.")
-        self.kernel = values.to(self.domain.real_dtype)
+        self.domain = as_space(shape, dtype, units, spacing)
+        self.kernel = as_kernels(kernel, self.domain)
+        self.boundary = require("boundary of a blur", boundary, convolve.BOUNDARIES)
+        self.method = self._choose(require("method of a blur", method, METHODS))
+        self.range = self.domain
+        if boundary == "valid":
+            inner = tuple(n - k + 1 for n, k in zip(self.domain.shape[-2:], self._sizes))
+            self.range = self.domain.replace(shape=(*self.domain.shape[:-2], *inner))
         super().__init__()
 
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        return self.kernel.shape[-2], self.kernel.shape[-1]
+
+    def _choose(self, method: str) -> str:
+        if method in ("fft", "direct") or (method == "auto" and self.boundary == "circular"):
+            return "fft" if method == "auto" else method
+        # A kernel kept in single precision is an outer product up to that precision.
+        s = torch.linalg.svdvals(self.kernel.double())
+        outer = s.shape[1] < 2 or bool((s[:, 1] <= 8 * torch.finfo(self.kernel.dtype).eps * s[:, 0]).all())
+        if method == "separable" and not outer:
+            raise InvdiffError(
+                "The blur kernel is no outer product of a column and a row, which the method 'separable' needs; "
+                "use method 'fft'."
+            )
+        return "separable" if outer and (method == "separable" or self._fits) else "fft"
+
+    @property
+    def _fits(self) -> bool:
+        return max(self.domain.shape[-2:]) <= separable.LONGEST
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What this boundary and this kernel allow in closed form."""
+        if self.boundary == "circular" or (self.method == "separable" and self._fits):
+            return self.provides
+        return self.provides - CLOSED_FORMS
+
     def _forward(self, x: Tensor) -> Tensor:
-        return self._filter(x, _transfer(self))
+        x = self._enter(x, self.domain)
+        if self.method == "separable":
+            ty, tx = self._derived(_matrices)
+            return separable.multiply(ty, tx, x)
+        if self.method == "direct":
+            return convolve.direct(convolve.extend(x, self._sizes, self.boundary), self.kernel)
+        return convolve.in_blocks(self._filter, x, self._transfer)
 
     def _adjoint(self, y: Tensor) -> Tensor:
-        return self._filter(y, _transfer(self).conj())
+        y = self._enter(y, self.range)
+        if self.method == "separable":
+            ty, tx = self._derived(_matrices)
+            return separable.multiply(ty.mT, tx.mT, y)
+        if self.method == "direct":
+            ky, kx = self._sizes
+            y = torch.nn.functional.pad(y, (kx - 1, kx - 1, ky - 1, ky - 1))
+            return convolve.fold(convolve.direct(y, self.kernel.flip(AXES)), self._sizes, self.boundary)
+        return convolve.in_blocks(self._filter_back, y, self._transfer.conj())
 
     def normal(self, x: Tensor) -> Tensor:
-        """Return ``F^H |h|^2 F x``: one pair of FFTs."""
+        """Return ``A^H A x``; for periodic images ``F^H |h|^2 F x``, one pair of FFTs."""
+        if self.boundary != "circular" or self.method != "fft":
+            return super().normal(x)
         self.domain.check(x, f"Input of the normal operator of {self.name}")
         return apply_linear(x, self._normal, self._normal)
 
     def _normal(self, x: Tensor) -> Tensor:
-        return self._filter(x, _transfer(self).abs().square())
+        return convolve.in_blocks(self._filter, self._enter(x, self.domain), self._transfer.abs().square())
+
+    @property
+    def _transfer(self) -> Tensor:
+        """Transfer function on the grid of the transform, half of it for real images, over channels."""
+        (h,) = self._derived(_transfer)
+        return h.reshape(h.shape[0], *([1] * (len(self.domain.shape) - 2)), *h.shape[-2:])
 
     def _filter(self, x: Tensor, h: Tensor) -> Tensor:
-        """Multiply the spectrum by ``h``, which is half a spectrum for real images."""
-        x = self._enter(x, self.domain)
-        if not x.numel():  # some builds of torch refuse to transform no rows
-            return x
-        h = h.reshape(h.shape[0], *([1] * (x.ndim - 3)), *h.shape[-2:])
-        if self.domain.is_complex:
-            return torch.fft.ifft2(torch.fft.fft2(x) * h)
-        return torch.fft.irfft2(torch.fft.rfft2(x) * h, s=self.domain.shape[-2:])
+        """Multiply the spectrum of images by ``h``."""
+        if self.boundary == "circular":
+            return convolve.multiply_spectrum(x, h, (x.shape[-2], x.shape[-1]))
+        ky, kx = self._sizes
+        (my, mx), lengths = self.range.shape[-2:], _lengths(self)
+        out = convolve.multiply_spectrum(convolve.extend(x, self._sizes, self.boundary), h, lengths)
+        return out[..., ky - 1 : ky - 1 + my, kx - 1 : kx - 1 + mx]
+
+    def _filter_back(self, y: Tensor, h: Tensor) -> Tensor:
+        if self.boundary == "circular":
+            return self._filter(y, h)
+        ky, kx = self._sizes
+        (my, mx), lengths = self.range.shape[-2:], _lengths(self)
+        y = torch.nn.functional.pad(y, (kx - 1, 0, ky - 1, 0))
+        out = convolve.multiply_spectrum(y, h, lengths)[..., : my + ky - 1, : mx + kx - 1]
+        return convolve.fold(out, self._sizes, self.boundary)
 
     def svd(self) -> SVD:
-        """Return the decomposition in centred frequencies of the shape of the domain."""
+        """Return the decomposition, in centred frequencies of the shape of the domain for periodic images."""
+        if "svd" not in self.capabilities:
+            return super().svd()
+        if self.boundary != "circular":
+            return separable.separable_svd(self._derived(_factors), self.domain.shape)
         s, phase = self._derived(_polar)
+        phase = phase.reshape(phase.shape[0], *([1] * (len(self.domain.shape) - 2)), *phase.shape[-2:])
         s = s.reshape(s.shape[0], *([1] * (len(self.domain.shape) - 2)), *s.shape[-2:])
         seen = s > 0
         forward, back = (centred_fft, centred_ifft) if self.domain.is_complex else (hartley, hartley)
@@ -106,17 +180,19 @@ class Blur(SpectralOperator):
 
 
 class GaussianBlur(Blur):
-    """Circular blur by a Gaussian of unit sum, summed over the periods of the image.
+    """Blur by a Gaussian of unit sum: for periodic images summed over their periods, else cut off at 6 std.
 
     Args:
         std: Standard deviation in pixels, one number or ``(std_y, std_x)``.
         shape: Shape ``(channel, y, x)`` (or ``(y, x)``) of one image, or its whole Space.
+        boundary: "circular", "reflect", "zero" or "valid"; see `Blur`.
+        method: "auto", "fft", "separable" or "direct".
         dtype: Precision, and real or complex; that of the Space, or float32.
         units: Units of the image.
         spacing: Distance between neighbours, per named dimension.
 
     Raises:
-        InvdiffError: If a standard deviation is not positive and finite.
+        InvdiffError: If a standard deviation is not positive and finite, or 6 of them do not fit the image.
     """
 
     def __init__(
@@ -124,6 +200,8 @@ class GaussianBlur(Blur):
         std: float | Sequence[float],
         shape: Space | Sequence[int],
         *,
+        boundary: str = "circular",
+        method: str = "auto",
         dtype: torch.dtype | None = None,
         units: str | None = None,
         spacing: Mapping[str, float] | None = None,
@@ -137,8 +215,38 @@ class GaussianBlur(Blur):
             )
         if len(space.shape) < 2:
             raise InvdiffError(f"A blur needs images of at least two axes (y, x), got shape {space.shape}.")
-        ky, kx = (_periodic_gaussian(v, n) for v, n in zip(stds, space.shape[-2:]))
-        super().__init__(ky[:, None] * kx, space)
+        if boundary == "circular":
+            ky, kx = (_periodic_gaussian(v, n) for v, n in zip(stds, space.shape[-2:]))
+        else:
+            ky, kx = (_cut_gaussian(v) for v in stds)
+        super().__init__(ky[:, None] * kx, space, boundary=boundary, method=method)
+
+
+def as_kernels(kernel: Any, space: Space) -> Tensor:
+    """Return kernels ``(1 or N, ky, kx)`` for images of ``space``, refusing what is none."""
+    if len(space.shape) < 2:
+        raise InvdiffError(f"A blur needs images of at least two axes (y, x), got shape {space.shape}.")
+    values = as_parameter(kernel, "The blur kernel")
+    if values.is_complex() or values.ndim not in (2, 3) or not values.numel():
+        raise InvdiffError(
+            f"The blur kernel has shape {tuple(values.shape)} and dtype {values.dtype}, "
+            "expected real (ky, kx) or (cases, ky, kx)."
+        )
+    if any(k > n for k, n in zip(values.shape[-2:], space.shape[-2:])):
+        raise InvdiffError(
+            f"The blur kernel {tuple(values.shape[-2:])} is larger than the image {space.shape[-2:]}."
+        )
+    values = values if values.ndim == 3 else values[None]
+    if bool((values == 0).flatten(1).all(1).any()):
+        raise InvdiffError("The blur kernel is zero everywhere; give one with a non-zero value.")
+    return values.to(space.real_dtype)
+
+
+def require(what: str, value: str, known: Sequence[str]) -> str:
+    """Return ``value`` if it is one of the known names."""
+    if value not in known:
+        raise InvdiffError(f"The {what} is one of {', '.join(map(repr, known))}, got {value!r:.60}.")
+    return value
 
 
 def _periodic_gaussian(std: float, n: int) -> Tensor:
@@ -149,29 +257,57 @@ def _periodic_gaussian(std: float, n: int) -> Tensor:
     return values / values.sum()
 
 
+def _cut_gaussian(std: float) -> Tensor:
+    reach = math.ceil(_REACH * std)
+    values = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=torch.float64) / std) ** 2)
+    return values / values.sum()
+
+
+def _lengths(operator: Blur) -> tuple[int, int]:
+    """Return the size of the transform: of the image if it is periodic, else one that is fast and large enough."""
+    (ny, nx), (ky, kx) = operator.domain.shape[-2:], operator._sizes
+    if operator.boundary == "circular":
+        return ny, nx
+    return tuple(  # type: ignore[return-value]
+        convolve.fast_length(n + sum(convolve.margins(k, operator.boundary))) for n, k in ((ny, ky), (nx, kx))
+    )
+
+
 def _embed(operator: Blur) -> Tensor:
-    """Return the kernels in double precision on the grid of the image, origin at index (0, 0)."""
+    """Return the kernels in double precision on the grid of the transform, their first element at (0, 0)."""
     kernel = operator.kernel.double()
-    grid = kernel.new_zeros(kernel.shape[0], *operator.domain.shape[-2:])
+    grid = kernel.new_zeros(kernel.shape[0], *_lengths(operator))
     ky, kx = kernel.shape[-2:]
     grid[:, :ky, :kx] = kernel
-    return grid.roll((-(ky // 2), -(kx // 2)), AXES)
+    # Of a periodic image the origin comes first instead; extended ones are cut to what is valid.
+    return grid.roll((-(ky // 2), -(kx // 2)), AXES) if operator.boundary == "circular" else grid
 
 
-def _half_or_full(operator: Blur) -> tuple[Tensor]:
+def _transfer(operator: Blur) -> tuple[Tensor]:
     """Return the transfer function, half of it for real images, ``(1 or N, y, x or x // 2 + 1)``."""
     transform = torch.fft.fft2 if operator.domain.is_complex else torch.fft.rfft2
     return (transform(_embed(operator)).to(operator.domain.real_dtype.to_complex()),)
 
 
-def _transfer(operator: Blur) -> Tensor:
-    return operator._derived(_half_or_full)[0]
-
-
 def _polar(operator: Blur) -> tuple[Tensor, Tensor]:
     """Return ``|h|`` in centred order, and the phase factor of the transfer function as ``_filter`` takes it."""
-    (h,) = operator._derived(_half_or_full)
+    (h,) = operator._derived(_transfer)
     size = math.prod(operator.domain.shape[-2:])
     full = torch.fft.fft2(_embed(operator)).abs().to(operator.domain.real_dtype)
     phase = torch.where(h.abs() > 0, torch.sgn(h), torch.ones_like(h))
     return torch.fft.fftshift(cut_small(full, round(size**0.5)), AXES), phase
+
+
+def _matrices(operator: Blur) -> tuple[Tensor, Tensor]:
+    """Return the matrices along y and x of a kernel that is an outer product, each ``(N, m, n)``."""
+    u, s, vh = torch.linalg.svd(operator.kernel.double(), full_matrices=False)
+    root = s[:, :1].sqrt()
+    factors = (u[:, :, 0] * root, vh[:, 0] * root)
+    ny, nx = operator.domain.shape[-2:]
+    ty, tx = (convolve.banded(k, n, operator.boundary) for k, n in zip(factors, (ny, nx)))
+    return ty.to(operator.kernel.dtype), tx.to(operator.kernel.dtype)
+
+
+def _factors(operator: Blur) -> tuple[Tensor, ...]:
+    ty, tx = operator._derived(_matrices)
+    return separable.decompose(ty, tx, operator.kernel.dtype)

@@ -14,6 +14,7 @@ from invdiff import codec, operators
 from invdiff.operator import Affine, LinearOperator, Operator, compose, stack, tensor_digest
 from invdiff.spaces import Space
 from invdiff.testing import check_operator, dense_matrix
+from tests.conformance.operators_imaging import IMAGING
 
 REAL = [torch.float32, torch.float64]
 SHAPE = (1, 5, 6)
@@ -143,6 +144,7 @@ FACTORIES: dict[str, Callable[[torch.dtype], Operator]] = {
     "nonlinear": magnitude_squared,
     "nonlinear-composed": lambda d: compose(magnitude_squared(d), O.Matrix(maps(6, 4).to(C[d]), range=(3, 2))),
     "affine": lambda d: Affine(O.Mask(mask(5, 6), SHAPE, dtype=d), randn(2, *SHAPE).to(d)),
+    **IMAGING,
 }
 
 

@@ -1,0 +1,45 @@
+"""Operators of imaging that the conformance suite runs, by name; see ``FACTORIES`` in ``test_operators``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from invdiff import operators as O
+from invdiff.operator import Operator
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def outer(ky: int, kx: int, seed: int = 3) -> torch.Tensor:
+    return randn(ky, seed=seed)[:, None] * randn(kx, seed=seed + 1)
+
+
+IMAGING: dict[str, Callable[[torch.dtype], Operator]] = {
+    "blur-direct": lambda d: O.Blur(randn(3, 4), (1, 7, 6), dtype=d, method="direct"),
+    "blur-separable": lambda d: O.Blur(outer(3, 4), (1, 7, 6), dtype=d, method="separable"),
+    "blur-reflect": lambda d: O.Blur(randn(3, 4), (2, 7, 6), boundary="reflect", dtype=d),
+    "blur-reflect-complex-per-case": lambda d: O.Blur(
+        randn(2, 4, 3), (5, 6), boundary="reflect", dtype=d.to_complex()
+    ),
+    "blur-reflect-as-wide-as-the-image": lambda d: O.Blur(randn(5, 6), (1, 5, 6), boundary="reflect", dtype=d),
+    "blur-reflect-direct-per-case": lambda d: O.Blur(
+        randn(3, 2, 3), (2, 4, 5), boundary="reflect", method="direct", dtype=d
+    ),
+    "blur-reflect-separable": lambda d: O.Blur(outer(3, 5), (2, 5, 7), boundary="reflect", dtype=d),
+    "blur-zero": lambda d: O.Blur(randn(5, 3), (1, 5, 7), boundary="zero", dtype=d),
+    "blur-zero-direct-complex": lambda d: O.Blur(
+        randn(2, 3), (2, 4, 5), boundary="zero", method="direct", dtype=d.to_complex()
+    ),
+    "blur-zero-separable-complex-per-case": lambda d: O.Blur(
+        torch.stack([outer(3, 2), outer(3, 2, 7)]), (4, 5), boundary="zero", dtype=d.to_complex()
+    ),
+    "blur-valid": lambda d: O.Blur(randn(3, 4), (2, 7, 6), boundary="valid", dtype=d),
+    "blur-valid-direct": lambda d: O.Blur(randn(4, 3), (1, 5, 6), boundary="valid", method="direct", dtype=d),
+    "blur-valid-separable": lambda d: O.Blur(outer(3, 4), (1, 7, 6), boundary="valid", dtype=d),
+    "blur-low-rank-separable": lambda d: O.Blur(torch.ones(1, 2) / 2, (1, 3, 4), method="separable", dtype=d),
+    "gaussian-blur-reflect": lambda d: O.GaussianBlur((0.5, 0.4), (1, 7, 8), boundary="reflect", dtype=d),
+}

@@ -1,0 +1,175 @@
+"""Operators of imaging against other people's code, dense matrices and bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage, signal
+
+from invdiff import operators as O
+from invdiff.errors import InvdiffError
+from invdiff.operator import LinearOperator
+from invdiff.operators import kernels
+from invdiff.testing import dense_matrix
+from tests.conformance.operators_imaging import IMAGING, outer, randn
+
+DOUBLE = torch.float64
+
+
+# ---- blur ----
+
+
+@pytest.mark.parametrize("method", ["fft", "separable", "direct"])
+@pytest.mark.parametrize("size", [(3, 3), (2, 5), (7, 4), (1, 1)])
+@pytest.mark.parametrize(("boundary", "mode"), [("circular", "wrap"), ("reflect", "mirror"), ("zero", "constant")])
+def test_boundaries_against_scipy(boundary: str, mode: str, size: tuple[int, int], method: str) -> None:
+    k = outer(*size)
+    op = O.Blur(k, (2, 9, 10), boundary=boundary, method=method, dtype=DOUBLE)
+    x = op.domain.randn(1)
+    expected = [ndimage.convolve(c.numpy(), k.numpy(), mode=mode) for c in x[0]]
+    np.testing.assert_allclose(op(x)[0].numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["fft", "separable", "direct"])
+@pytest.mark.parametrize("size", [(3, 3), (2, 5), (9, 10)])
+def test_valid_against_scipy(size: tuple[int, int], method: str) -> None:
+    k = outer(*size)
+    op = O.Blur(k, (1, 9, 10), boundary="valid", method=method, dtype=DOUBLE)
+    x = op.domain.randn(1)
+    expected = signal.convolve2d(x[0, 0].numpy(), k.numpy(), mode="valid")
+    np.testing.assert_allclose(op(x)[0, 0].numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("boundary", ["circular", "reflect", "zero", "valid"])
+def test_methods_agree_in_both_directions(boundary: str) -> None:
+    ops = [
+        O.Blur(outer(6, 5), (2, 17, 12), boundary=boundary, method=m, dtype=DOUBLE)
+        for m in ("fft", "separable", "direct")
+    ]
+    x, y = ops[0].domain.randn(3), ops[0].range.randn(3, 1)
+    for op in ops[1:]:
+        torch.testing.assert_close(op(x), ops[0](x), atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(op.adjoint(y), ops[0].adjoint(y), atol=1e-12, rtol=1e-12)
+
+
+def test_blur_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from invdiff.operators import _convolve
+
+    for name in ("blur-reflect", "blur-reflect-complex-per-case", "blur-valid"):
+        op = IMAGING[name](DOUBLE)
+        assert isinstance(op, LinearOperator)
+        x, y = op.domain.randn(op.n_cases or 5), op.range.randn(op.n_cases or 5, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(_convolve, "_BLOCK", 10**9)
+            whole = op(x), op.adjoint(y), op.normal(x)
+            patch.setattr(_convolve, "_BLOCK", 2 * op.domain.size - 1)
+            for a, b in zip((op(x), op.adjoint(y), op.normal(x)), whole):
+                torch.testing.assert_close(a, b, atol=1e-13, rtol=1e-13)
+
+
+def test_the_method_follows_from_boundary_and_kernel() -> None:
+    def chosen(kernel: torch.Tensor, boundary: str) -> str:
+        return O.Blur(kernel, (1, 9, 9), boundary=boundary).method
+
+    assert chosen(outer(3, 3), "circular") == chosen(randn(3, 3), "reflect") == "fft"
+    assert chosen(outer(3, 3), "reflect") == chosen(torch.ones(1, 3), "valid") == "separable"
+    assert chosen(torch.stack([outer(3, 3), randn(3, 3)]), "zero") == "fft"
+
+
+def test_gaussian_blur_with_reflection_against_scipy() -> None:
+    op = O.GaussianBlur((1.3, 2.0), (1, 17, 25), boundary="reflect", dtype=DOUBLE)
+    x = op.domain.randn(1)
+    expected = ndimage.gaussian_filter(x[0, 0].numpy(), (1.3, 2.0), mode="mirror", truncate=7)
+    np.testing.assert_allclose(op(x)[0, 0].numpy(), expected, atol=1e-7)
+    assert op.method == "separable" and "prox" in op.capabilities
+
+
+def test_every_closed_prox_against_conjugate_gradients_and_a_dense_solve() -> None:
+    for name, make in IMAGING.items():
+        op = make(DOUBLE)
+        if "prox" not in op.capabilities or not isinstance(op, LinearOperator) or op.domain.is_complex:
+            continue
+        n = op.n_cases or 2
+        z, y, rho = op.domain.randn(n, 1), op.range.randn(n, 2), torch.linspace(0.2, 0.4, n, dtype=DOUBLE)
+        out, right = op.prox(z, y, rho), op.adjoint(y)
+        for i in range(n):
+            a = dense_matrix(op, i)
+            gram = a.mT @ a + rho[i] * torch.eye(a.shape[1], dtype=DOUBLE)
+            solved = torch.linalg.solve(gram, (right[i] + rho[i] * z[i]).flatten())
+            torch.testing.assert_close(out[i].flatten(), solved, atol=1e-10, rtol=1e-9, msg=name)
+
+
+# ---- kernels ----
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        kernels.gaussian(1.5, dtype=DOUBLE),
+        kernels.gaussian((0.5, 2), 21, dtype=DOUBLE),
+        kernels.motion(21, seed=3, dtype=DOUBLE),
+        kernels.motion(31, length=30, intensity=2.0, seed=1, dtype=DOUBLE),
+        kernels.defocus(2.7, dtype=DOUBLE),
+        kernels.defocus(0.4, 5, dtype=DOUBLE),
+    ],
+)
+def test_kernels_have_unit_sum_and_a_middle(kernel: torch.Tensor) -> None:
+    assert kernel.shape[0] == kernel.shape[1] and kernel.shape[0] % 2 == 1
+    assert float(kernel.min()) >= 0
+    assert float(kernel.sum()) == pytest.approx(1, abs=1e-12)
+
+
+def moment(kernel: torch.Tensor, axis: int) -> float:
+    offset = torch.arange(kernel.shape[axis], dtype=DOUBLE) - kernel.shape[axis] // 2
+    weights = kernel.sum(1 - axis)
+    return float((weights * offset**2).sum())
+
+
+def test_kernels_have_the_width_they_were_asked_for() -> None:
+    k = kernels.gaussian((1.5, 3.0), 41, dtype=DOUBLE)
+    assert moment(k, 0) == pytest.approx(1.5**2, rel=1e-6) and moment(k, 1) == pytest.approx(9, rel=1e-6)
+    # of a disc the second moment along an axis is a quarter of the squared radius, plus 1/12 from the pixels
+    assert moment(kernels.defocus(6.0, dtype=DOUBLE), 0) == pytest.approx(9 + 1 / 12, rel=5e-3)
+    straight = kernels.motion(41, length=30, intensity=0, seed=5, dtype=DOUBLE)
+    # of a segment it is a twelfth of the squared length; bilinear spreading adds 1/6 per axis
+    assert moment(straight, 0) + moment(straight, 1) == pytest.approx(30**2 / 12 + 1 / 3, rel=1e-2)
+
+
+def test_motion_depends_on_its_seed_alone() -> None:
+    torch.testing.assert_close(kernels.motion(21, seed=4), kernels.motion(21, seed=4))
+    assert not torch.allclose(kernels.motion(21, seed=4), kernels.motion(21, seed=5), atol=1e-2)
+
+
+# ---- bad input ----
+
+BAD: dict[str, tuple[Callable[[], object], str]] = {
+    "blur-boundary": (
+        lambda: O.Blur(torch.ones(3, 3), (1, 4, 6), boundary="wrap"),
+        "boundary of a blur is one of",
+    ),
+    "blur-method": (lambda: O.Blur(torch.ones(3, 3), (1, 4, 6), method="conv"), "method of a blur is one of"),
+    "blur-outer": (lambda: O.Blur(randn(3, 3), (1, 4, 6), method="separable"), "no outer product"),
+    "blur-reflect-large": (
+        lambda: O.Blur(torch.ones(5, 3), (1, 4, 6), boundary="reflect"),
+        "larger than the image",
+    ),
+    "gaussian-large": (lambda: O.GaussianBlur(3, (1, 9, 9), boundary="zero"), "larger than the image"),
+    "kernel-even": (lambda: kernels.motion(60), "odd number of pixels"),
+    "kernel-even-gaussian": (lambda: kernels.gaussian(1.0, 4), "odd number of pixels"),
+    "kernel-std": (lambda: kernels.gaussian(0.0), "positive"),
+    "kernel-disc": (lambda: kernels.defocus(4.0, 5), "does not fit 5 pixels"),
+    "kernel-radius": (lambda: kernels.defocus(-1.0), "positive"),
+    "kernel-path": (lambda: kernels.motion(11, length=20), "does not fit a kernel of 11"),
+    "kernel-intensity": (lambda: kernels.motion(11, intensity=-1), "at least 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_one_sentence(name: str) -> None:
+    make, message = BAD[name]
+    with pytest.raises(InvdiffError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
