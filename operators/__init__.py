@@ -8,6 +8,8 @@
 ``MultiCoilMRI``      Cartesian parallel MRI: coil maps, centred FFT, k-space mask
 ``Blur``              circular convolution with a kernel
 ``GaussianBlur``      circular convolution with a periodised Gaussian
+``Downsampling``      super-resolution: bicubic, average, or blur and decimation
+``ParallelBeamCT``    line integrals, parallel rays; limited angle and sparse view are angles
 ``SumOf``             data of several unknowns at once, for joint priors
 ``compose``, ``stack``  the algebra, besides ``@``, ``+``, ``-``, ``*`` and ``.H``
 ====================  ===========================================================================
@@ -23,17 +25,22 @@ if TYPE_CHECKING:
     from invdiff.operators.basic import Identity, Matrix
     from invdiff.operators.blur import Blur, GaussianBlur
     from invdiff.operators.components import SumOf
+    from invdiff.operators.ct import ParallelBeamCT
     from invdiff.operators.fourier import SubsampledFourier
     from invdiff.operators.mask import Mask
     from invdiff.operators.mri import MultiCoilMRI
+    from invdiff.operators.superresolution import Downsampling
+
 
 _HOMES = {
     "Blur": "invdiff.operators.blur",
+    "Downsampling": "invdiff.operators.superresolution",
     "GaussianBlur": "invdiff.operators.blur",
     "Identity": "invdiff.operators.basic",
     "Mask": "invdiff.operators.mask",
     "Matrix": "invdiff.operators.basic",
     "MultiCoilMRI": "invdiff.operators.mri",
+    "ParallelBeamCT": "invdiff.operators.ct",
     "SubsampledFourier": "invdiff.operators.fourier",
     "SumOf": "invdiff.operators.components",
     "compose": "invdiff.operator",
@@ -42,11 +49,13 @@ _HOMES = {
 
 __all__ = [
     "Blur",
+    "Downsampling",
     "GaussianBlur",
     "Identity",
     "Mask",
     "Matrix",
     "MultiCoilMRI",
+    "ParallelBeamCT",
     "SubsampledFourier",
     "SumOf",
     "compose",

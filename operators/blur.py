@@ -273,7 +273,7 @@ def _lengths(operator: Blur) -> tuple[int, int]:
     )
 
 
-def _embed(operator: Blur) -> Tensor:
+def embed(operator: Blur) -> Tensor:
     """Return the kernels in double precision on the grid of the transform, their first element at (0, 0)."""
     kernel = operator.kernel.double()
     grid = kernel.new_zeros(kernel.shape[0], *_lengths(operator))
@@ -286,14 +286,14 @@ def _embed(operator: Blur) -> Tensor:
 def _transfer(operator: Blur) -> tuple[Tensor]:
     """Return the transfer function, half of it for real images, ``(1 or N, y, x or x // 2 + 1)``."""
     transform = torch.fft.fft2 if operator.domain.is_complex else torch.fft.rfft2
-    return (transform(_embed(operator)).to(operator.domain.real_dtype.to_complex()),)
+    return (transform(embed(operator)).to(operator.domain.real_dtype.to_complex()),)
 
 
 def _polar(operator: Blur) -> tuple[Tensor, Tensor]:
     """Return ``|h|`` in centred order, and the phase factor of the transfer function as ``_filter`` takes it."""
     (h,) = operator._derived(_transfer)
     size = math.prod(operator.domain.shape[-2:])
-    full = torch.fft.fft2(_embed(operator)).abs().to(operator.domain.real_dtype)
+    full = torch.fft.fft2(embed(operator)).abs().to(operator.domain.real_dtype)
     phase = torch.where(h.abs() > 0, torch.sgn(h), torch.ones_like(h))
     return torch.fft.fftshift(cut_small(full, round(size**0.5)), AXES), phase
 

@@ -42,4 +42,14 @@ IMAGING: dict[str, Callable[[torch.dtype], Operator]] = {
     "blur-valid-separable": lambda d: O.Blur(outer(3, 4), (1, 7, 6), boundary="valid", dtype=d),
     "blur-low-rank-separable": lambda d: O.Blur(torch.ones(1, 2) / 2, (1, 3, 4), method="separable", dtype=d),
     "gaussian-blur-reflect": lambda d: O.GaussianBlur((0.5, 0.4), (1, 7, 8), boundary="reflect", dtype=d),
+    "downsampling": lambda d: O.Downsampling(2, (2, 6, 8), dtype=d),
+    "downsampling-complex": lambda d: O.Downsampling((3, 2), (6, 4), dtype=d.to_complex()),
+    "downsampling-average": lambda d: O.Downsampling((1, 3), (1, 5, 9), "average", dtype=d),
+    "downsampling-blur": lambda d: O.Downsampling((2, 3), (2, 6, 9), "blur", kernel=randn(3, 4), dtype=d),
+    "downsampling-blur-complex": lambda d: O.Downsampling(
+        2, (8, 6), "blur", kernel=randn(4, 3), dtype=d.to_complex()
+    ),
+    "downsampling-blur-with-lost-blocks": lambda d: O.Downsampling(
+        (1, 2), (1, 4, 4), "blur", kernel=torch.ones(2, 1), dtype=d
+    ),
 }

@@ -143,6 +143,35 @@ def test_motion_depends_on_its_seed_alone() -> None:
     assert not torch.allclose(kernels.motion(21, seed=4), kernels.motion(21, seed=5), atol=1e-2)
 
 
+# ---- super-resolution ----
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4, 6])
+def test_bicubic_against_torch(factor: int) -> None:
+    op = O.Downsampling(factor, (3, 24, 36), dtype=DOUBLE)
+    x = op.domain.randn(2)
+    expected = torch.nn.functional.interpolate(
+        x, size=op.range.shape[1:], mode="bicubic", antialias=True, align_corners=False
+    )
+    torch.testing.assert_close(op(x), expected, atol=1e-6, rtol=0)
+
+
+def test_average_against_pooling_and_blur_against_scipy() -> None:
+    op = O.Downsampling((2, 3), (2, 8, 9), "average", dtype=DOUBLE)
+    x = op.domain.randn(2)
+    torch.testing.assert_close(op(x), torch.nn.functional.avg_pool2d(x, (2, 3)))
+    k = randn(5, 4)
+    op = O.Downsampling((2, 3), (2, 8, 9), "blur", kernel=k, dtype=DOUBLE)
+    expected = [ndimage.convolve(c.numpy(), k.numpy(), mode="wrap")[::2, ::3] for c in x[0]]
+    np.testing.assert_allclose(op(x)[0].numpy(), expected, atol=1e-12)
+
+
+def test_downsampling_keeps_units_and_scales_the_spacing() -> None:
+    op = O.Downsampling((2, 4), (1, 8, 8), units="HU", spacing={"y": 0.5, "x": 0.25})
+    assert op.range.units == "HU" and dict(op.range.spacing) == {"y": 1.0, "x": 1.0}
+    assert "svd" not in IMAGING["downsampling-blur-with-lost-blocks"](DOUBLE).capabilities
+
+
 # ---- bad input ----
 
 BAD: dict[str, tuple[Callable[[], object], str]] = {
@@ -164,6 +193,13 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "kernel-radius": (lambda: kernels.defocus(-1.0), "positive"),
     "kernel-path": (lambda: kernels.motion(11, length=20), "does not fit a kernel of 11"),
     "kernel-intensity": (lambda: kernels.motion(11, intensity=-1), "at least 0"),
+    "factor-part": (lambda: O.Downsampling(1.5, (1, 6, 6)), "whole number"),  # type: ignore[arg-type]
+    "factor-zero": (lambda: O.Downsampling(0, (1, 6, 6)), "whole number"),
+    "factor-size": (lambda: O.Downsampling(4, (1, 6, 6)), "does not divide the image size"),
+    "factor-kernel": (lambda: O.Downsampling(2, (1, 6, 6), "blur"), "takes a kernel for the kind"),
+    "factor-useless-kernel": (lambda: O.Downsampling(2, (1, 6, 6), kernel=randn(3, 3)), "takes a kernel for"),
+    "factor-kind": (lambda: O.Downsampling(2, (1, 6, 6), "lanczos"), "kind of downsampling is one of"),
+    "factor-axes": (lambda: O.Downsampling(2, (6,)), "two axes"),
 }
 
 
