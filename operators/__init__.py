@@ -6,10 +6,15 @@
 ``Mask``              inpainting: zeros where nothing was sampled
 ``SubsampledFourier`` centred orthonormal FFT over (y, x), then a k-space mask
 ``MultiCoilMRI``      Cartesian parallel MRI: coil maps, centred FFT, k-space mask
+``NonCartesianMRI``   parallel MRI along any trajectory, with off-resonance
+``RadioInterferometry``  visibilities of a small field of the sky
 ``Blur``              circular convolution with a kernel
 ``GaussianBlur``      circular convolution with a periodised Gaussian
 ``Downsampling``      super-resolution: bicubic, average, or blur and decimation
 ``ParallelBeamCT``    line integrals, parallel rays; limited angle and sparse view are angles
+``Grayscale``         colourisation: a weighted mean of the channels
+``RandomSensing``     compressed sensing with Gaussian or orthonormal rows
+``Hadamard``          single-pixel camera: patterns of +1 and -1
 ``SumOf``             data of several unknowns at once, for joint priors
 ``compose``, ``stack``  the algebra, besides ``@``, ``+``, ``-``, ``*`` and ``.H``
 ====================  ===========================================================================
@@ -24,11 +29,15 @@ if TYPE_CHECKING:
     from invdiff.operator import compose, stack
     from invdiff.operators.basic import Identity, Matrix
     from invdiff.operators.blur import Blur, GaussianBlur
+    from invdiff.operators.colour import Grayscale
     from invdiff.operators.components import SumOf
     from invdiff.operators.ct import ParallelBeamCT
     from invdiff.operators.fourier import SubsampledFourier
     from invdiff.operators.mask import Mask
     from invdiff.operators.mri import MultiCoilMRI
+    from invdiff.operators.noncartesian import NonCartesianMRI, RadioInterferometry
+    from invdiff.operators.off_resonance import OffResonance
+    from invdiff.operators.sensing import Hadamard, RandomSensing
     from invdiff.operators.superresolution import Downsampling
 
 
@@ -36,11 +45,17 @@ _HOMES = {
     "Blur": "invdiff.operators.blur",
     "Downsampling": "invdiff.operators.superresolution",
     "GaussianBlur": "invdiff.operators.blur",
+    "Grayscale": "invdiff.operators.colour",
+    "Hadamard": "invdiff.operators.sensing",
     "Identity": "invdiff.operators.basic",
     "Mask": "invdiff.operators.mask",
     "Matrix": "invdiff.operators.basic",
     "MultiCoilMRI": "invdiff.operators.mri",
     "ParallelBeamCT": "invdiff.operators.ct",
+    "NonCartesianMRI": "invdiff.operators.noncartesian",
+    "OffResonance": "invdiff.operators.off_resonance",
+    "RadioInterferometry": "invdiff.operators.noncartesian",
+    "RandomSensing": "invdiff.operators.sensing",
     "SubsampledFourier": "invdiff.operators.fourier",
     "SumOf": "invdiff.operators.components",
     "compose": "invdiff.operator",
@@ -51,11 +66,17 @@ __all__ = [
     "Blur",
     "Downsampling",
     "GaussianBlur",
+    "Grayscale",
+    "Hadamard",
     "Identity",
     "Mask",
     "Matrix",
     "MultiCoilMRI",
+    "NonCartesianMRI",
+    "OffResonance",
     "ParallelBeamCT",
+    "RadioInterferometry",
+    "RandomSensing",
     "SubsampledFourier",
     "SumOf",
     "compose",
@@ -63,7 +84,7 @@ __all__ = [
 ]
 
 
-_MODULES = ("kernels",)
+_MODULES = ("kernels", "masks")
 
 
 def __getattr__(name: str) -> Any:

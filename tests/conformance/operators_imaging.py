@@ -52,4 +52,16 @@ IMAGING: dict[str, Callable[[torch.dtype], Operator]] = {
     "downsampling-blur-with-lost-blocks": lambda d: O.Downsampling(
         (1, 2), (1, 4, 4), "blur", kernel=torch.ones(2, 1), dtype=d
     ),
+    "bayer": lambda d: O.Mask(O.masks.bayer((5, 6), "GRBG"), dtype=d),
+    "grayscale": lambda d: O.Grayscale((3, 4, 5), dtype=d),
+    "grayscale-luma-complex": lambda d: O.Grayscale((3, 4, 3), (0.299, 0.587, 0.114), dtype=d.to_complex()),
+    "random-sensing": lambda d: O.RandomSensing(9, (1, 4, 5), seed=2, dtype=d),
+    "random-sensing-complex": lambda d: O.RandomSensing(4, (3, 4), dtype=d.to_complex()),
+    "random-sensing-orthonormal": lambda d: O.RandomSensing(7, (2, 3, 4), orthonormal=True, dtype=d),
+    "random-sensing-orthonormal-complex": lambda d: O.RandomSensing(
+        12, (3, 4), orthonormal=True, dtype=d.to_complex()
+    ),
+    "hadamard": lambda d: O.Hadamard((1, 8, 4), 11, dtype=d),
+    "hadamard-scrambled": lambda d: O.Hadamard((2, 4, 4), 9, rows="random", scramble=True, seed=3, dtype=d),
+    "hadamard-whole-complex": lambda d: O.Hadamard((2, 8), dtype=d.to_complex()),
 }

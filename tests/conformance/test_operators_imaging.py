@@ -172,6 +172,60 @@ def test_downsampling_keeps_units_and_scales_the_spacing() -> None:
     assert "svd" not in IMAGING["downsampling-blur-with-lost-blocks"](DOUBLE).capabilities
 
 
+# ---- masks, colour, compressed sensing ----
+
+
+def test_masks_keep_what_they_say() -> None:
+    assert float((1 - O.masks.box((9, 8), (3, 4))).sum()) == 12
+    assert O.masks.box((9, 8), (3, 4), (0, 1))[:3, 1:5].sum() == 0
+    for side, index in (("left", (0, 0)), ("right", (4, 6)), ("top", (0, 3)), ("bottom", (4, 3))):
+        mask = O.masks.half((5, 7), side)
+        assert mask[index] == 0 and float(mask.sum()) == (20 if side in ("left", "right") else 21)
+    assert float(O.masks.random((20, 30), 0.3, seed=1).sum()) == 180
+    assert torch.equal(O.masks.random((20, 30), 0.3, seed=1), O.masks.random((20, 30), 0.3, seed=1))
+    for seed in range(4):
+        gone = 1 - float(O.masks.strokes((64, 48), 0.2, seed=seed).mean())
+        assert 0.2 <= gone < 0.28  # one segment more at most, an eleventh of the image wide and a quarter long
+    for make in (lambda s: O.masks.random((9, 9), 0.5, s), lambda s: O.masks.strokes((32, 32), seed=s)):
+        assert not torch.equal(make(0), make(1))
+        assert set(make(0).unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("pattern", ["RGGB", "BGGR", "GRBG", "GBRG"])
+def test_bayer_patterns(pattern: str) -> None:
+    mask = O.masks.bayer((5, 7), pattern)
+    assert torch.equal(mask.sum(0), torch.ones(5, 7))
+    seen = "".join("RGB"[int(mask[:, y, x].argmax())] for y in (0, 1) for x in (0, 1))
+    assert seen == pattern and torch.equal(mask[:, 2:, 2:], mask[:, :-2, :-2])
+
+
+def test_hadamard_against_scipy() -> None:
+    from scipy.linalg import hadamard
+
+    from invdiff.operators.sensing import _changes, hadamard_transform
+
+    for n in (1, 2, 64, 256):
+        h = torch.from_numpy(hadamard(n)).double()
+        x = randn(3, 2, n)
+        torch.testing.assert_close(hadamard_transform(x), x @ h / n**0.5, atol=1e-12, rtol=1e-12)
+        assert torch.equal(_changes(n), (h[:, 1:] != h[:, :-1]).sum(1))
+    op = O.Hadamard((1, 4, 8), 10, scramble=True, dtype=DOUBLE)
+    x = op.domain.randn(1)
+    dense = torch.from_numpy(hadamard(32)).double()[op.picked] / 32**0.5
+    torch.testing.assert_close(op(x)[0, 0], dense @ x.flatten()[op.pixels], atol=1e-12, rtol=1e-12)
+
+
+def test_random_rows_follow_from_the_seed_and_orthonormal_ones_span_the_same_space() -> None:
+    plain = O.RandomSensing(5, (3, 4), dtype=DOUBLE, seed=1).matrix
+    rows = O.RandomSensing(5, (3, 4), dtype=DOUBLE, seed=1, orthonormal=True).matrix
+    torch.testing.assert_close(plain, O.RandomSensing(5, (3, 4), dtype=DOUBLE, seed=1).matrix)
+    assert not torch.allclose(plain, O.RandomSensing(5, (3, 4), dtype=DOUBLE, seed=2).matrix)
+    torch.testing.assert_close(rows @ rows.mT, torch.eye(5).double())
+    torch.testing.assert_close(plain @ rows.mT @ rows, plain)
+    many = O.RandomSensing(400, (20, 30), seed=0, dtype=DOUBLE).matrix
+    assert float(many.var() * 400) == pytest.approx(1, abs=5 * (2 / many.numel()) ** 0.5)
+
+
 # ---- bad input ----
 
 BAD: dict[str, tuple[Callable[[], object], str]] = {
@@ -200,6 +254,23 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "factor-useless-kernel": (lambda: O.Downsampling(2, (1, 6, 6), kernel=randn(3, 3)), "takes a kernel for"),
     "factor-kind": (lambda: O.Downsampling(2, (1, 6, 6), "lanczos"), "kind of downsampling is one of"),
     "factor-axes": (lambda: O.Downsampling(2, (6,)), "two axes"),
+    "box-outside": (lambda: O.masks.box((5, 6), (3, 3), (3, 0)), "must lie in the image"),
+    "box-whole": (lambda: O.masks.box((5, 6), (5, 6)), "leave some of it"),
+    "half-side": (lambda: O.masks.half((5, 6), "west"), "missing half is one of"),
+    "half-thin": (lambda: O.masks.half((5, 1), "left"), "one pixel across"),
+    "random-part": (lambda: O.masks.random((5, 6), 0.0), "above 0 and at most 1"),
+    "strokes-part": (lambda: O.masks.strokes((9, 9), 1.0), "below 0.9"),
+    "strokes-width": (lambda: O.masks.strokes((9, 9), width=5), "at most a quarter"),
+    "bayer-pattern": (lambda: O.masks.bayer((5, 6), "RGBG"), "Bayer pattern is one of"),
+    "masks-shape": (lambda: O.masks.random((1, 5, 6), 0.5), r"size \(y, x\)"),
+    "grey-weights": (lambda: O.Grayscale((3, 4, 4), (0.5, 0.5)), "each of 3 channels"),
+    "grey-zero": (lambda: O.Grayscale((3, 4, 4), (0.0, 0.0, 0.0)), "not all zero"),
+    "sensing-many": (lambda: O.RandomSensing(13, (3, 4)), "from 1 to 12"),
+    "sensing-none": (lambda: O.RandomSensing(0, (3, 4)), "from 1 to 12"),
+    "hadamard-size": (lambda: O.Hadamard((1, 6, 4)), "power of 2"),
+    "hadamard-none": (lambda: O.Hadamard((1, 4, 4), 0), "from 1 to 16"),
+    "hadamard-rows": (lambda: O.Hadamard((1, 4, 4), rows="high"), "'low' or 'random'"),
+    "hadamard-axes": (lambda: O.Hadamard((4,)), "two axes"),
 }
 
 
