@@ -12,8 +12,10 @@ from scipy import ndimage
 
 from invdiff import codec, operators
 from invdiff.operator import Affine, LinearOperator, Operator, compose, stack, tensor_digest
+from invdiff.operators import trajectories
 from invdiff.spaces import Space
 from invdiff.testing import check_operator, dense_matrix
+from tests.conformance.operators_ct import CT
 from tests.conformance.operators_imaging import IMAGING
 
 REAL = [torch.float32, torch.float64]
@@ -42,6 +44,10 @@ def lines(n: int, m: int, picked: list[int]) -> torch.Tensor:
 
 def space(shape: tuple[int, ...], dtype: torch.dtype) -> Space:
     return Space(shape, dtype)
+
+
+def spokes(size: int, count: int, readout: int) -> torch.Tensor:
+    return trajectories.radial(size, count, readout)
 
 
 def low_rank() -> torch.Tensor:
@@ -111,6 +117,25 @@ FACTORIES: dict[str, Callable[[torch.dtype], Operator]] = {
     "mri-one-unit-coil": lambda d: O.MultiCoilMRI(
         mask(2, 5, 6), torch.polar(torch.ones(1, 5, 6).double(), randn(1, 5, 6)).to(C[d])
     ),
+    "radial": lambda d: O.NonCartesianMRI(spokes(5, 4, 7), maps(3, 6, 5).to(C[d])),
+    "radial-maps-per-case": lambda d: O.NonCartesianMRI(spokes(6, 3, 5), maps(2, 3, 6, 7).to(C[d]), accuracy=1e-5),
+    "radial-reference": lambda d: O.NonCartesianMRI(spokes(5, 4, 7), maps(2, 5, 6).to(C[d]), method="reference"),
+    "radial-toeplitz": lambda d: O.NonCartesianMRI(
+        spokes(5, 4, 7), maps(2, 5, 6).to(C[d]), accuracy=1e-12, normal="toeplitz"
+    ),
+    "radial-toeplitz-reference": lambda d: O.NonCartesianMRI(
+        spokes(4, 2, 5), maps(2, 2, 4, 5).to(C[d]), method="reference", normal="toeplitz"
+    ),
+    "radial-off-resonance": lambda d: O.NonCartesianMRI(
+        spokes(5, 4, 7),
+        maps(2, 5, 6).to(C[d]),
+        off_resonance=O.OffResonance(200 * randn(5, 6), torch.arange(7) / 2e3),
+    ),
+    "noncartesian-3d": lambda d: O.NonCartesianMRI(4 * randn(20, 3).tanh() / 2, maps(2, 4, 5, 6).to(C[d])),
+    "interferometry": lambda d: O.RadioInterferometry(400 * randn(30, 2).tanh(), (6, 5), 1e-3, dtype=d),
+    "interferometry-toeplitz": lambda d: O.RadioInterferometry(
+        400 * randn(9, 2).tanh(), (5, 6), 1e-3, beam=randn(5, 6), dtype=d, accuracy=1e-12, normal="toeplitz"
+    ),
     "sum": lambda d: O.Blur(randn(3, 3), SHAPE, dtype=d) + O.Mask(mask(5, 6), SHAPE, dtype=d),
     "difference": lambda d: O.Mask(mask(5, 6), SHAPE, dtype=d) - 0.5 * O.Identity(SHAPE, dtype=d),
     "scaled": lambda d: -3 * O.Blur(randn(3, 3), SHAPE, dtype=d),
@@ -145,6 +170,7 @@ FACTORIES: dict[str, Callable[[torch.dtype], Operator]] = {
     "nonlinear-composed": lambda d: compose(magnitude_squared(d), O.Matrix(maps(6, 4).to(C[d]), range=(3, 2))),
     "affine": lambda d: Affine(O.Mask(mask(5, 6), SHAPE, dtype=d), randn(2, *SHAPE).to(d)),
     **IMAGING,
+    **CT,
 }
 
 

@@ -1,0 +1,223 @@
+"""What ray transforms of all geometries share: the choice of implementation, spaces, and validation."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from invdiff.errors import InvdiffError
+from invdiff.operator import apply_linear
+from invdiff.operators import _rays
+from invdiff.operators._parameters import ParametricOperator, as_space
+from invdiff.operators._rays import Grid, Rays
+from invdiff.operators._table import Table, TableHolder, build_table, multiply, table_bytes
+from invdiff.spaces import Space
+
+METHODS = ("auto", "table", "matrix-free", "reference")
+#: Largest size of a table and its transpose that ``method="auto"`` builds.
+MAX_TABLE_BYTES = 1 << 30
+
+
+class RayTransform(ParametricOperator):
+    """Line integrals over the trailing axes of an image; further axes in front are transformed one by one.
+
+    Subclasses set ``angles`` and what else they need, implement ``_trace``, and call ``_finish`` last.
+    """
+
+    provides: ClassVar[frozenset[str]] = frozenset({"linear", "vjp", "normal"})
+    angles: np.ndarray
+    grid: Grid
+    method: str
+
+    @abstractmethod
+    def _trace(self, start: int, stop: int) -> Rays:
+        """Return the rays of the views from ``start`` to ``stop``, in the order of the data."""
+
+    @abstractmethod
+    def _geometry(self) -> Mapping[str, Any]:
+        """Return the numbers that describe the geometry, besides the angles and the grid."""
+
+    def _finish(self, domain: Space, measured: Mapping[str, tuple[int, float]], method: str, limit: int) -> None:
+        """Set spaces and method; ``measured`` gives size and spacing per dimension of one view."""
+        lead = len(domain.shape) - len(self.grid.sizes)
+        dims = (*domain.dims[:lead], "view", *measured)
+        unit = domain.spacing_units
+        self.domain = domain
+        self.range = Space(
+            (*domain.shape[:lead], len(self.angles), *(n for n, _ in measured.values())),
+            domain.dtype,
+            dims,
+            "1" if domain.units == f"1/{unit}" else unit if domain.units == "1" else f"{domain.units} {unit}",
+            {d: domain.spacing[d] for d in domain.dims[:lead] if d in domain.spacing}
+            | {d: h for d, (_, h) in measured.items()},
+            unit,
+        )
+        self.bins = math.prod(n for n, _ in measured.values())
+        # The only tensor here; it tells on which device the operator works.
+        self.place = torch.zeros((), dtype=domain.dtype)
+        text = f"{self.name} {self.grid} {sorted(self._geometry().items())} {sorted(measured.items())}"
+        self.geometry_digest = hashlib.sha256(text.encode() + self.angles.tobytes()).hexdigest()
+        super().__init__()
+        self._holder = TableHolder()
+        self.method = self._choose(method, limit)
+
+    def _choose(self, method: str, limit: int) -> str:
+        if method not in METHODS:
+            raise InvdiffError(f"The method {method!r} is unknown; choose one of {', '.join(METHODS)}.")
+        if method not in ("auto", "table"):
+            return method
+        hard = _ADDRESSABLE if method == "table" else limit
+        size = table_bytes(self.grid, self._trace, len(self.angles), self.bins, self.domain.dtype.itemsize, hard)
+        if size <= hard:
+            return "table"
+        if method == "table":
+            raise InvdiffError(
+                f"A table for {self.name} would hold more than 2^31 numbers; use method='matrix-free'."
+            )
+        return "matrix-free"
+
+    def describe(self) -> dict[str, Any]:
+        """Return what provenance records, with the geometry."""
+        first, last = float(self.angles[0]), float(self.angles[-1])
+        views = {"views": len(self.angles), "first_angle": first, "last_angle": last}
+        return {**super().describe(), "method": self.method, **views, **self._geometry()}
+
+    # ---- the two directions ----
+
+    def _forward(self, x: Tensor) -> Tensor:
+        x = self._enter(x, self.domain)
+        return self._apply(x.reshape(-1, math.prod(self.grid.sizes)), False).reshape(len(x), *self.range.shape)
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        y = self._enter(y, self.range)
+        size = len(self.angles) * self.bins
+        return self._apply(y.reshape(-1, size), True).reshape(len(y), *self.domain.shape)
+
+    def normal(self, x: Tensor) -> Tensor:
+        """Return ``A^H A x``, ``(B, *domain.shape)``; with a table, without reordering the data in between."""
+        self.domain.check(x, f"Input of the normal operator of {self.name}")
+        return apply_linear(x, self._normal, self._normal)
+
+    def _normal(self, x: Tensor) -> Tensor:
+        if self.method != "table" or not x.numel():
+            return self._adjoint(self._forward(x))
+        table = self._table()
+        columns = self._enter(x, self.domain).reshape(-1, math.prod(self.grid.sizes)).mT.contiguous()
+        back = multiply(table.transpose, multiply(table.forward, columns))
+        return back.mT.reshape(x.shape)
+
+    def _apply(self, rows: Tensor, transposed: bool) -> Tensor:
+        if not len(rows):
+            return rows.new_zeros(0, math.prod(self.grid.sizes) if transposed else len(self.angles) * self.bins)
+        if self.method == "table":
+            table = self._table()
+            return multiply(table.transpose if transposed else table.forward, rows.mT.contiguous()).mT
+        views = (self.grid, self._trace, len(self.angles), self.bins)
+        if self.method == "matrix-free" and not rows.is_cuda and importlib.util.find_spec("numba"):
+            from invdiff.operators import _joseph
+
+            return (_joseph.back_project if transposed else _joseph.project)(rows, *views)
+        return (_rays.back_project if transposed else _rays.project)(rows, *views)
+
+    def _table(self) -> Table:
+        """Return the weights, from this operator, another one of the same geometry, or computed now."""
+        device, dtype = self.place.device, self.domain.dtype
+        key = (self.geometry_digest, str(dtype), str(device))
+        views = (self.grid, self._trace, len(self.angles), self.bins)
+        return self._holder.get(key, lambda: build_table(*views, dtype, device))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
+        """Return a copy on another device or in another precision; the geometry stays in double precision."""
+        new = super().to(device, dtype)
+        new._holder = TableHolder()
+        return new
+
+
+#: Bytes that 32-bit positions of 8-byte numbers can address, twice.
+_ADDRESSABLE = 2 * 8 * ((1 << 31) - 1)
+
+
+def as_angles(angles: Any) -> np.ndarray:
+    """Return the angles of the views in radians, ``(views,)``, warning where they look like degrees."""
+    values = np.array(angles.detach().cpu() if isinstance(angles, Tensor) else angles, dtype=np.float64)
+    if values.ndim != 1 or not values.size:
+        raise InvdiffError(f"The angles have shape {values.shape}; give a list of at least one angle, in radians.")
+    if not np.isfinite(values).all():
+        raise InvdiffError("The angles hold NaN or infinite values; leave those views out.")
+    if np.abs(values).max() > 4 * np.pi and np.ptp(values) > 4 * np.pi:
+        warnings.warn(
+            f"The angles reach {np.abs(values).max():g} and are taken in radians; for degrees give "
+            "numpy.deg2rad(angles). Many turns are meant: filter this warning by its message.",
+            stacklevel=_outside(),
+        )
+    values.flags.writeable = False
+    return values
+
+
+def as_image_space(
+    shape: Space | Sequence[int],
+    axes: tuple[str, ...],
+    dtype: torch.dtype | None,
+    units: str | None,
+    spacing: float | Mapping[str, float] | None,
+) -> tuple[Space, Grid]:
+    """Return the domain and the grid of its trailing axes; spacing is 1 where nothing gives it."""
+    space = shape if isinstance(shape, Space) else Space(tuple(shape))
+    d = len(axes)
+    if len(space.shape) < d:
+        raise InvdiffError(f"The image has shape {space.shape}; expected at least the axes ({', '.join(axes)}).")
+    if isinstance(spacing, (int, float)):
+        spacing = dict.fromkeys(space.dims[-d:], float(spacing))
+    found = dict.fromkeys(space.dims[-d:], 1.0) | dict(space.spacing) | dict(spacing or {})
+    space = as_space(space, dtype, units, found)
+    if space.is_complex:
+        raise InvdiffError(f"Line integrals are of real images, and the space is {space}; give a real dtype.")
+    steps = tuple(space.spacing[name] for name in space.dims[-d:])
+    for name, h in zip(space.dims[-d:], steps):
+        as_length(h, f"The spacing along {name}")
+    return space, Grid(space.shape[-d:], steps)
+
+
+def as_length(value: float, what: str, zero: bool = False) -> float:
+    """Return a length as a float, refusing what is not finite and positive (or zero where allowed)."""
+    number = float(value)
+    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+        raise InvdiffError(f"{what} must be finite and {'at least' if zero else 'above'} 0, got {value}.")
+    return number
+
+
+def as_count(value: int, what: str) -> int:
+    """Return a number of detectors as an int of at least 1."""
+    if int(value) != value or value < 1:
+        raise InvdiffError(f"{what} must be a whole number of at least 1, got {value}.")
+    return int(value)
+
+
+def warn_if_truncated(missing: float, truncated: bool) -> None:
+    """Warn where the detector is narrower than the circle inscribed in the image, by ``missing`` detectors."""
+    if missing > 1 and not truncated:
+        warnings.warn(
+            f"The detector misses up to {missing:.1f} detector widths of the circle inscribed in the image; data "
+            "are truncated where the object reaches that far. Widen the detector or shrink the image, or give "
+            "truncated=True where it is meant to be so.",
+            stacklevel=_outside(),
+        )
+
+
+def _outside() -> int:
+    """Return the level of the first caller outside this package, so that a warning names the user's line."""
+    import sys
+
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and ".operators" in frame.f_globals.get("__name__", ""):
+        frame, level = frame.f_back, level + 1
+    return level
