@@ -177,6 +177,7 @@ def check_capabilities(sampler: Sampler, problem: Problem, prior: Prior) -> None
     words = {
         "linear": "a linear operator",
         "quadratic": "a likelihood with a Gaussian noise level",
+        "noise": "a noise level above 0",
         "vjp": "an operator with derivatives",
         "denoiser-vjp": "a prior that can be differentiated",
         "prox": "a closed-form prox",

@@ -91,10 +91,15 @@ class Problem:
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """Abilities of the operator, with ``quadratic`` where the likelihood has a Gaussian surrogate."""
-        probe = torch.zeros_like(self.y[:1])
-        quadratic = self.likelihood.rows(torch.zeros(1, dtype=torch.long)).gaussian_sigma(probe) is not None
-        return self.operator.capabilities | ({"quadratic"} if quadratic else frozenset())
+        """Abilities of the operator and of the likelihood.
+
+        ``quadratic``: it has a Gaussian surrogate; ``noise``: no datum has the noise level 0.
+        """
+        sigma = self.likelihood.gaussian_sigma(torch.zeros_like(self.y))
+        found = set() if sigma is None else {"quadratic"}
+        if sigma is None or not self.likelihood.shift_invariant or bool((sigma > 0).all()):
+            found.add("noise")
+        return self.operator.capabilities | found
 
     @cached_property
     def adjoint_y(self) -> Tensor:

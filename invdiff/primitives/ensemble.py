@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from invdiff.errors import InvdiffError
 from invdiff.primitives.smc import groups
 from invdiff.rng import Streams
 
@@ -42,10 +41,6 @@ def kalman_increment(
     Source: Evensen, "The ensemble Kalman filter", Ocean Dynamics 2003; folds after Houtekamer, Mitchell, "Data
     assimilation using an ensemble Kalman filter technique", Monthly Weather Review 1998.
     """
-    if bool((sigma == 0).any()):
-        raise InvdiffError(
-            "Ensemble Kalman samplers divide by the noise level, which is 0; give the likelihood one above 0."
-        )
     out = torch.zeros_like(members[0])
     level2 = (sigma**2).expand(innovation.shape)
     for _, rows in groups(rng):

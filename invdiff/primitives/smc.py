@@ -49,7 +49,7 @@ def select(
     size, whole = ess(log_weight, rng), ess(torch.zeros_like(log_weight), rng)
     index, log_weight = resample(log_weight, rng, threshold)
     lost = torch.where(size <= threshold * whole, 1 / size - 1 / whole, torch.zeros_like(size))
-    run = 1 / (1 / state["ess_run"] + lost.clamp_min(0))
+    run = 1 / (1 / state["ess_run"] + lost.clamp_min(0)).clamp_max(1)
     return index, {"log_weight": log_weight, "ess": torch.minimum(state["ess"], size), "ess_run": run}
 
 

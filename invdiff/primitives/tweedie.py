@@ -54,6 +54,7 @@ def guidance_length(problem: Problem, d: Tensor, near: Tensor, move: Tensor) -> 
 
     One conjugate-gradient step on ``A C A^H + sigma^2 I`` along ``z``: 1 where ``C = r^2 I`` with the ``r`` of the
     proximal point ``near``, less where the denoiser's own covariance ``C`` is larger and guidance would diverge.
+    Where ``sigma`` is 0 and ``near`` fits the data, ``z = y - A D``.
 
     Args:
         problem: Linear problem with a quadratic surrogate likelihood.
@@ -62,7 +63,8 @@ def guidance_length(problem: Problem, d: Tensor, near: Tensor, move: Tensor) -> 
         move: Guidance of full length.
     """
     rest, here = problem.residual(near), problem.residual(d)
-    z = rest / problem.sigma(near) ** 2
+    level = problem.sigma(near)
+    z = torch.where(level > 0, rest / torch.where(level > 0, level, torch.ones_like(level)) ** 2, here)
     bend = real_inner(z, here - problem.residual(d + move)) + real_inner(z, rest)
     return per_row(real_inner(z, here) / torch.where(bend > 0, bend, torch.inf), d)
 

@@ -48,7 +48,7 @@ class AFDPS(Sampler):
     reference: ClassVar[str] = "Chen et al., 2025, arXiv:2506.03979"
     kind: ClassVar = "ensemble"
     exactness: ClassVar = "asymptotic"
-    requires: ClassVar[frozenset[str]] = frozenset({"vjp"})
+    requires: ClassVar[frozenset[str]] = frozenset({"vjp", "noise"})
     presets: ClassVar = {"first-order": {"order": 1}, "fine": {"steps": 800}}
 
     steps: int = 200

@@ -27,7 +27,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from invdiff.errors import InvdiffError
 from invdiff.primitives import ddim, extrapolate, mala, tweedie_update
 from invdiff.primitives.curvature import stiffness
 from invdiff.primitives.gibbs import SPLIT_TOP, prior_draw, split_draw
@@ -55,7 +54,7 @@ class Certified(Sampler):
     title: ClassVar[str] = "Certified: Tweedie start, split Gibbs, Metropolis finish"
     reference: ClassVar[str] = "this package"
     exactness: ClassVar = "asymptotic"
-    requires: ClassVar[frozenset[str]] = frozenset({"linear", "quadratic", "denoiser-vjp"})
+    requires: ClassVar[frozenset[str]] = frozenset({"linear", "quadratic", "noise", "denoiser-vjp"})
     presets: ClassVar = {"long": {"steps": 100, "tol": 1e-4, "sweeps": 200, "inner": 20, "moves": 100}}
 
     steps: int = 50
@@ -75,10 +74,6 @@ class Certified(Sampler):
         """Start from noise; find the largest coupling that the noise split allows."""
         state = super().init(ctx, rows, rng)
         x = state["x"]
-        if bool((ctx.measured.sigma(x) == 0).any()):
-            raise InvdiffError(
-                "certified needs noise to split, and sigma is 0; give the likelihood its noise level."
-            )
         limit = (SPLIT_TOP / stiffness(ctx.measured, x)).sqrt()
         rho = torch.minimum(limit, torch.full_like(limit, 10 * ctx.spread(None)))
         none = torch.zeros(rows, 3, 2 + PROJECTIONS, dtype=x.dtype, device=x.device)

@@ -50,7 +50,7 @@ class EKI(Sampler):
     title: ClassVar[str] = "Ensemble Kalman inversion of prior draws"
     reference: ClassVar[str] = "Iglesias, Law, Stuart, Inverse Problems 2013; Emerick, Reynolds 2013"
     kind: ClassVar = "ensemble"
-    requires: ClassVar[frozenset[str]] = frozenset({"quadratic"})
+    requires: ClassVar[frozenset[str]] = frozenset({"quadratic", "noise"})
     presets: ClassVar = {"published": {"folds": 1}, "tuned": {"iterations": 1, "steps": 100}}
 
     steps: int = 40

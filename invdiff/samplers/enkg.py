@@ -59,7 +59,7 @@ class EnKG(Sampler):
     title: ClassVar[str] = "Ensemble Kalman diffusion guidance"
     reference: ClassVar[str] = "Zheng et al., 2024, arXiv:2409.20175"
     kind: ClassVar = "ensemble"
-    requires: ClassVar[frozenset[str]] = frozenset({"quadratic"})
+    requires: ClassVar[frozenset[str]] = frozenset({"quadratic", "noise"})
     _published = {"guidance": "paper", "steps": 80, "schedule": "edm", "sigma_max": 80.0, "sigma_min": 0.002}
     presets: ClassVar = {
         "published": {**_published, "weight": 2.0, "updates": 2},

@@ -53,7 +53,7 @@ class EnsembleScore(Sampler):
     reference: ClassVar[str] = "Riel, Bischoff, 2024, arXiv:2401.17539"
     kind: ClassVar = "ensemble"
     exactness: ClassVar = "asymptotic"
-    requires: ClassVar[frozenset[str]] = frozenset()
+    requires: ClassVar[frozenset[str]] = frozenset({"noise"})
     presets: ClassVar = {"fine": {"steps": 200, "prior_steps": 80}}
 
     steps: int = 60

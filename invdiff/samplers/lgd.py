@@ -54,7 +54,7 @@ class LGD(Sampler):
     name: ClassVar[str] = "lgd"
     title: ClassVar[str] = "Loss-guided diffusion, Monte Carlo"
     reference: ClassVar[str] = "Song et al., ICML 2023 (PMLR 202:32483)"
-    requires: ClassVar[frozenset[str]] = frozenset({"vjp", "denoiser-vjp"})
+    requires: ClassVar[frozenset[str]] = frozenset({"vjp", "noise", "denoiser-vjp"})
     presets: ClassVar = {
         "softmax": {"average": "softmax", "points": 16},
         "inversebench": {

@@ -30,7 +30,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from invdiff.errors import InvdiffError
 from invdiff.primitives import (
     ddim,
     extrapolate,
@@ -66,7 +65,7 @@ class TDS(Sampler):
     reference: ClassVar[str] = "Wu et al., NeurIPS 2023, arXiv:2306.17775"
     kind: ClassVar = "ensemble"
     exactness: ClassVar = "asymptotic"
-    requires: ClassVar[frozenset[str]] = frozenset({"linear", "quadratic", "denoiser-vjp"})
+    requires: ClassVar[frozenset[str]] = frozenset({"linear", "quadratic", "noise", "denoiser-vjp"})
     _paper = {"steps": 100, "schedule": "vp", "sigma_min": None, "order": 1}
     presets: ClassVar = {
         "published": {**_paper, "twist": "pigdm", "spread": 1.0, "line_search": False},
@@ -87,10 +86,6 @@ class TDS(Sampler):
 
     def init(self, ctx: Context, rows: int, rng: Streams) -> State:
         """Start from noise, equally weighted."""
-        if bool((ctx.measured.sigma(ctx.measured.y) == 0).any()):
-            raise InvdiffError(
-                "tds weighs particles by the likelihood, and sigma is 0; use mcgdiff or give it noise."
-            )
         twist = torch.zeros(rows, dtype=torch.float64, device=ctx.device)
         return {**super().init(ctx, rows, rng), "twist": twist, **particles(rows, rng, ctx.device)}
 

@@ -85,5 +85,5 @@ def test_refusals():
     with pytest.raises(InvdiffError, match="at least 8 draws"):
         certify(problem, prior, "dds", draws=2)
     noiseless = invdiff.Problem(problem.operator, invdiff.likelihoods.Gaussian(0.0), problem.y)
-    with pytest.raises(InvdiffError, match="sigma is 0"):
+    with pytest.raises(InvdiffError, match="needs a noise level above 0"):
         invdiff.sample(noiseless, prior, samplers.Certified(steps=2, sweeps=1), draws=2, seed=0)

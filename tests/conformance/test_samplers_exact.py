@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import invdiff
-from invdiff import anchors, priors, reference, samplers
+from invdiff import anchors, likelihoods, priors, reference, samplers
 
 DRAWS = 256
 FLOOR = 1 / np.sqrt(DRAWS)
@@ -141,3 +141,11 @@ def test_unconditional_draws_have_the_right_mode_weights():
 def test_a_point_estimate_is_near_the_posterior_mean():
     figures = grade("mask", samplers.get("reddiff", preset="tuned"))
     assert figures["mean_error"] < 0.6
+
+
+def test_pigdm_takes_data_without_noise():
+    problem, prior = anchors.gaussian_field(8, "mask")
+    problem = invdiff.Problem(problem.operator, likelihoods.Gaussian(0.0), problem.operator(problem.x_true))
+    draws = torch.from_numpy(invdiff.sample(problem, prior, samplers.PiGDM(steps=30), draws=4, progress=False).draws)
+    left = problem.y - problem.operator(draws[0])
+    assert torch.isfinite(draws).all() and left.abs().max() < 0.05

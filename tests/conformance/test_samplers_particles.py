@@ -183,7 +183,7 @@ def test_fps_counts_the_data_too_often_and_only_its_weights_do():
 
 def test_tds_refuses_noiseless_data_in_one_sentence():
     problem = invdiff.Problem(Keep(), likelihoods.Gaussian(0.0), toy_problem(cases=1).y)
-    with pytest.raises(InvdiffError, match="sigma is 0"):
+    with pytest.raises(InvdiffError, match="needs a noise level above 0"):
         invdiff.sample(problem, normal_prior(), "tds", draws=4)
 
 
