@@ -15,6 +15,9 @@
 ``Grayscale``         colourisation: a weighted mean of the channels
 ``RandomSensing``     compressed sensing with Gaussian or orthonormal rows
 ``Hadamard``          single-pixel camera: patterns of +1 and -1
+``FourierMagnitude``  phase retrieval on a larger canvas
+``CodedDiffraction``  phase retrieval behind known masks
+``BeerLambert``       expected counts ``I0 exp(-z)`` behind line integrals ``z``
 ``SumOf``             data of several unknowns at once, for joint priors
 ``compose``, ``stack``  the algebra, besides ``@``, ``+``, ``-``, ``*`` and ``.H``
 ====================  ===========================================================================
@@ -28,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from invdiff.operator import compose, stack
     from invdiff.operators.basic import Identity, Matrix
+    from invdiff.operators.beer_lambert import BeerLambert
     from invdiff.operators.blur import Blur, GaussianBlur
     from invdiff.operators.colour import Grayscale
     from invdiff.operators.components import SumOf
@@ -37,13 +41,17 @@ if TYPE_CHECKING:
     from invdiff.operators.mri import MultiCoilMRI
     from invdiff.operators.noncartesian import NonCartesianMRI, RadioInterferometry
     from invdiff.operators.off_resonance import OffResonance
+    from invdiff.operators.phase import CodedDiffraction, FourierMagnitude
     from invdiff.operators.sensing import Hadamard, RandomSensing
     from invdiff.operators.superresolution import Downsampling
 
 
 _HOMES = {
+    "BeerLambert": "invdiff.operators.beer_lambert",
     "Blur": "invdiff.operators.blur",
+    "CodedDiffraction": "invdiff.operators.phase",
     "Downsampling": "invdiff.operators.superresolution",
+    "FourierMagnitude": "invdiff.operators.phase",
     "GaussianBlur": "invdiff.operators.blur",
     "Grayscale": "invdiff.operators.colour",
     "Hadamard": "invdiff.operators.sensing",
@@ -51,9 +59,9 @@ _HOMES = {
     "Mask": "invdiff.operators.mask",
     "Matrix": "invdiff.operators.basic",
     "MultiCoilMRI": "invdiff.operators.mri",
-    "ParallelBeamCT": "invdiff.operators.ct",
     "NonCartesianMRI": "invdiff.operators.noncartesian",
     "OffResonance": "invdiff.operators.off_resonance",
+    "ParallelBeamCT": "invdiff.operators.ct",
     "RadioInterferometry": "invdiff.operators.noncartesian",
     "RandomSensing": "invdiff.operators.sensing",
     "SubsampledFourier": "invdiff.operators.fourier",
@@ -63,8 +71,11 @@ _HOMES = {
 }
 
 __all__ = [
+    "BeerLambert",
     "Blur",
+    "CodedDiffraction",
     "Downsampling",
+    "FourierMagnitude",
     "GaussianBlur",
     "Grayscale",
     "Hadamard",

@@ -1,4 +1,4 @@
-"""Masks of zeros and ones for `Mask`: what inpainting and demosaicing keep.
+"""Masks: zeros and ones for `Mask`, unit complex numbers for `CodedDiffraction`.
 
 ====================  =======================================================
 ``box``               a rectangle is missing
@@ -6,6 +6,7 @@
 ``random``            every pixel is kept with equal probability
 ``strokes``           brush strokes of random shape are missing
 ``bayer``             one of three colours is kept per pixel
+``phases``            unit complex numbers, for `CodedDiffraction`
 ====================  =======================================================
 """
 
@@ -143,6 +144,25 @@ def bayer(shape: Sequence[int], pattern: str = "RGGB") -> Tensor:
     for i, colour in enumerate(pattern):
         mask["RGB".index(colour), i // 2 :: 2, i % 2 :: 2] = 1
     return mask
+
+
+def phases(shape: Sequence[int], patterns: int = 4, seed: int = 0) -> Tensor:
+    """Return masks ``(pattern, y, x)`` of independent uniform phases, complex64 of unit modulus.
+
+    Args:
+        shape: Size ``(y, x)`` of the image.
+        patterns: Number of masks, at least 1.
+        seed: Seed of the phases.
+
+    Raises:
+        InvdiffError: If there is no pattern.
+    """
+    ny, nx = _image(shape)
+    if int(patterns) != patterns or patterns < 1:
+        raise InvdiffError(f"The number of patterns must be a whole number of at least 1, got {patterns!r:.60}.")
+    generator = torch.Generator().manual_seed(seed)
+    angle = 2 * math.pi * torch.rand(int(patterns), ny, nx, generator=generator, dtype=torch.float64)
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
 
 def _distance(points: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class Hadamard(SpectralOperator):
     operations.
 
     Args:
-        shape: Shape ``(channel, y, x)`` (or ``(y, x)``) of one image, or its whole Space; ``y * x`` is a power of 2.
+        shape: Shape ``(channel, y, x)`` (or ``(y, x)``) of one image, or its whole Space; ``y x`` is a power of 2.
         measurements: Number of patterns; all ``n`` by default.
         rows: "low": the patterns with fewest changes of sign along y and x together; "random": the constant
             pattern and others drawn without replacement.
@@ -203,7 +203,7 @@ def _orthonormal(bits: int) -> Tensor:
 
 
 def _changes(n: int) -> Tensor:
-    """Return how often each row of the Hadamard matrix of ``n`` changes sign: bits reversed, then from Gray code."""
+    """Return how often each row of the Hadamard matrix changes sign: bits reversed, then from Gray code."""
     bits = n.bit_length() - 1
     rows, gray = torch.arange(n), torch.zeros(n, dtype=torch.long)
     for b in range(bits):

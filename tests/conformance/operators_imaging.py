@@ -8,6 +8,7 @@ import torch
 
 from invdiff import operators as O
 from invdiff.operator import Operator
+from invdiff.operators.phase import CodedField
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -64,4 +65,15 @@ IMAGING: dict[str, Callable[[torch.dtype], Operator]] = {
     "hadamard": lambda d: O.Hadamard((1, 8, 4), 11, dtype=d),
     "hadamard-scrambled": lambda d: O.Hadamard((2, 4, 4), 9, rows="random", scramble=True, seed=3, dtype=d),
     "hadamard-whole-complex": lambda d: O.Hadamard((2, 8), dtype=d.to_complex()),
+    "fourier-magnitude": lambda d: O.FourierMagnitude((2, 4, 5), dtype=d),
+    "fourier-magnitude-odd-canvas": lambda d: O.FourierMagnitude((1, 3, 5), 1.6, "grey", dtype=d),
+    "fourier-magnitude-complex": lambda d: O.FourierMagnitude((4, 3), 1.5, -1.0, dtype=d.to_complex()),
+    "coded-diffraction": lambda d: O.CodedDiffraction(O.masks.phases((4, 5), 3), dtype=d),
+    "coded-diffraction-complex-per-case": lambda d: O.CodedDiffraction(
+        randn(2, 2, 3, 4, dtype=torch.complex128), quantity="intensity", dtype=d.to_complex()
+    ),
+    "coded-field": lambda d: CodedField(O.masks.phases((3, 4), 2), dtype=d),
+    "coded-field-complex-per-case": lambda d: CodedField(
+        randn(3, 2, 4, 3, dtype=torch.complex128), dtype=d.to_complex()
+    ),
 }

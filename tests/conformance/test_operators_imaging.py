@@ -226,6 +226,42 @@ def test_random_rows_follow_from_the_seed_and_orthonormal_ones_span_the_same_spa
     assert float(many.var() * 400) == pytest.approx(1, abs=5 * (2 / many.numel()) ** 0.5)
 
 
+# ---- phase retrieval ----
+
+
+@pytest.mark.parametrize("canvas", [(8, 10), (9, 15), (6, 5)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_fourier_magnitude_against_numpy(canvas: tuple[int, int], dtype: torch.dtype) -> None:
+    shape, factor = {(8, 10): ((4, 5), 2.0), (9, 15): ((6, 10), 1.5), (6, 5): ((6, 5), 1.0)}[canvas]
+    for padding, fill in (("black", 0.0), ("grey", 0.5), (-0.3, -0.3)):
+        op = O.FourierMagnitude((1, *shape), factor, padding, dtype=dtype)
+        x = op.domain.randn(1)
+        full = np.full(canvas, fill, dtype=x.numpy().dtype)
+        top, left = (canvas[0] - shape[0]) // 2, (canvas[1] - shape[1]) // 2
+        full[top : top + shape[0], left : left + shape[1]] = x[0, 0].numpy()
+        expected = np.abs(np.fft.fftshift(np.fft.fft2(full, norm="ortho")))
+        np.testing.assert_allclose(op(x)[0, 0].numpy(), expected, atol=1e-12)
+
+
+def test_a_zero_magnitude_has_a_finite_derivative() -> None:
+    for op in (
+        O.FourierMagnitude((1, 4, 4), dtype=DOUBLE),
+        O.CodedDiffraction(O.masks.phases((4, 4)), dtype=DOUBLE),
+    ):
+        assert bool((op.vjp(op.domain.zeros(1), op.range.randn(1)) == 0).all())
+
+
+def test_coded_diffraction_against_numpy() -> None:
+    masks = O.masks.phases((4, 6), 3, seed=2)
+    assert torch.allclose(masks.abs(), torch.ones(()))
+    op = O.CodedDiffraction(masks, dtype=torch.complex128, quantity="intensity")
+    x = op.domain.randn(1)
+    spectra = np.fft.fftshift(
+        np.fft.fft2(masks.numpy().astype(complex) * x[0].numpy(), norm="ortho"), axes=(-2, -1)
+    )
+    np.testing.assert_allclose(op(x)[0].numpy(), np.abs(spectra) ** 2, atol=1e-12)
+
+
 # ---- bad input ----
 
 BAD: dict[str, tuple[Callable[[], object], str]] = {
@@ -271,6 +307,18 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "hadamard-none": (lambda: O.Hadamard((1, 4, 4), 0), "from 1 to 16"),
     "hadamard-rows": (lambda: O.Hadamard((1, 4, 4), rows="high"), "'low' or 'random'"),
     "hadamard-axes": (lambda: O.Hadamard((4,)), "two axes"),
+    "phase-oversampling": (lambda: O.FourierMagnitude((1, 4, 4), 0.5), "at least 1"),
+    "phase-padding": (lambda: O.FourierMagnitude((1, 4, 4), padding="white"), "'black', 'grey' or a number"),
+    "phase-axes": (lambda: O.FourierMagnitude((4,)), "two axes"),
+    "coded-none": (lambda: O.CodedDiffraction(torch.ones(0, 4, 4)), "at least one pattern"),
+    "coded-rank": (lambda: O.CodedDiffraction(torch.ones(4, 4)), "at least one pattern"),
+    "coded-zero": (lambda: O.CodedDiffraction(torch.zeros(2, 4, 4)), "zero everywhere"),
+    "coded-quantity": (lambda: O.CodedDiffraction(torch.ones(2, 4, 4), quantity="phase"), "detected quantity"),
+    "phases-none": (lambda: O.masks.phases((4, 4), 0), "at least 1"),
+    "phase-point": (
+        lambda: O.FourierMagnitude((1, 4, 4)).vjp(torch.ones(1, 4, 4), torch.ones(1, 1, 8, 8)),
+        "Point of the vjp",
+    ),
 }
 
 
