@@ -38,14 +38,13 @@ FIELD_DRAWS, MIXTURE_DRAWS = 256, 2000
 #: Rows too expensive for two cores beyond the first field: thousands of moves, VJPs or candidates a draw.
 EXPENSIVE = {
     ("daps", "published"),
-    ("dpg", "published"),
     ("eventguided", "published"),
     ("lgd", "default"),
     ("scoreald", "published"),
     ("tmpd", "published"),
 }
-#: Rows too expensive for two cores at all: 512 candidates at each of 1000 steps.
-TOO_EXPENSIVE = {("scg", "published")}
+#: Rows too expensive for two cores at all: hundreds of candidates at each of 1000 steps.
+TOO_EXPENSIVE = {("scg", "published"), ("dpg", "published")}
 #: Samplers that mixtures leave out: the chain keeps the mode weights of its start (see ``tds`` for mixtures).
 FIELDS_ONLY = {"certified"}
 #: Samplers of volumes, which have no such problem here.

@@ -144,8 +144,9 @@ def test_a_point_estimate_is_near_the_posterior_mean():
 
 
 def test_pigdm_takes_data_without_noise():
-    problem, prior = anchors.gaussian_field(8, "mask")
-    problem = invdiff.Problem(problem.operator, likelihoods.Gaussian(0.0), problem.operator(problem.x_true))
-    draws = torch.from_numpy(invdiff.sample(problem, prior, samplers.PiGDM(steps=30), draws=4, progress=False).draws)
-    left = problem.y - problem.operator(draws[0])
-    assert torch.isfinite(draws).all() and left.abs().max() < 0.05
+    simulated, prior = anchors.gaussian_field(8, "mask")
+    operator, truth = simulated.operator, simulated.x_true
+    problem = invdiff.Problem(operator, likelihoods.Gaussian(0.0), operator(truth))
+    made = invdiff.sample(problem, prior, samplers.PiGDM(steps=30), draws=4, progress=False)
+    draws = torch.from_numpy(np.asarray(made.draws)).reshape(4, *operator.domain.shape)
+    assert torch.isfinite(draws).all() and (problem.y - operator(draws)).abs().max() < 0.05
