@@ -18,6 +18,10 @@
 ``FourierMagnitude``  phase retrieval on a larger canvas
 ``CodedDiffraction``  phase retrieval behind known masks
 ``BeerLambert``       expected counts ``I0 exp(-z)`` behind line integrals ``z``
+``FreeSpace``         a wave after free propagation
+``InlineHologram``    intensity of a wave behind an object
+``Ptychography``      diffraction patterns of a probe at many positions
+``FourierPtychography``  images under oblique light from many LEDs
 ``SumOf``             data of several unknowns at once, for joint priors
 ``compose``, ``stack``  the algebra, besides ``@``, ``+``, ``-``, ``*`` and ``.H``
 ====================  ===========================================================================
@@ -42,6 +46,8 @@ if TYPE_CHECKING:
     from invdiff.operators.noncartesian import NonCartesianMRI, RadioInterferometry
     from invdiff.operators.off_resonance import OffResonance
     from invdiff.operators.phase import CodedDiffraction, FourierMagnitude
+    from invdiff.operators.propagation import FreeSpace, InlineHologram
+    from invdiff.operators.ptychography import FourierPtychography, Ptychography, circular_pupil
     from invdiff.operators.sensing import Hadamard, RandomSensing
     from invdiff.operators.superresolution import Downsampling
 
@@ -51,6 +57,11 @@ _HOMES = {
     "Blur": "invdiff.operators.blur",
     "CodedDiffraction": "invdiff.operators.phase",
     "Downsampling": "invdiff.operators.superresolution",
+    "circular_pupil": "invdiff.operators.ptychography",
+    "FourierPtychography": "invdiff.operators.ptychography",
+    "FreeSpace": "invdiff.operators.propagation",
+    "InlineHologram": "invdiff.operators.propagation",
+    "Ptychography": "invdiff.operators.ptychography",
     "FourierMagnitude": "invdiff.operators.phase",
     "GaussianBlur": "invdiff.operators.blur",
     "Grayscale": "invdiff.operators.colour",
@@ -76,10 +87,13 @@ __all__ = [
     "CodedDiffraction",
     "Downsampling",
     "FourierMagnitude",
+    "FourierPtychography",
+    "FreeSpace",
     "GaussianBlur",
     "Grayscale",
     "Hadamard",
     "Identity",
+    "InlineHologram",
     "Mask",
     "Matrix",
     "MultiCoilMRI",
@@ -87,9 +101,11 @@ __all__ = [
     "OffResonance",
     "ParallelBeamCT",
     "RadioInterferometry",
+    "Ptychography",
     "RandomSensing",
     "SubsampledFourier",
     "SumOf",
+    "circular_pupil",
     "compose",
     "stack",
 ]

@@ -21,5 +21,10 @@ CT: dict[str, Callable[[torch.dtype], Operator]] = {
     "ct-parallel-narrow-off-centre": lambda d: O.ParallelBeamCT(
         (6, 7), ANGLES, detectors=5, centre=1.3, detector_spacing=0.7, truncated=True, dtype=d
     ),
+    "beer-lambert": lambda d: O.BeerLambert((1, 3, 4), 7.0, dtype=d),
+    "beer-lambert-per-case": lambda d: O.BeerLambert((3, 4), torch.arange(1.0, 3.0)[:, None, None], dtype=d),
+    "beer-lambert-of-rays": lambda d: (
+        O.BeerLambert((1, 6, 9), 3.0, dtype=d) @ (0.02 * O.ParallelBeamCT((1, 6, 6), ANGLES, dtype=d))
+    ),
     "ct-parallel-one-view": lambda d: O.ParallelBeamCT((1, 4, 1), [0.2], dtype=d),
 }
