@@ -8,6 +8,7 @@ import torch
 
 from invdiff import operators as O
 from invdiff.operator import Operator
+from invdiff.operators._magnitude import Detected
 from invdiff.operators.phase import CodedField
 
 
@@ -17,6 +18,31 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tor
 
 def outer(ky: int, kx: int, seed: int = 3) -> torch.Tensor:
     return randn(ky, seed=seed)[:, None] * randn(kx, seed=seed + 1)
+
+
+def ptychography(d: torch.dtype, propagation: str = "far-field", quantity: str = "amplitude") -> Detected:
+    return O.Ptychography(
+        randn(3, 4, dtype=torch.complex128),
+        [(0, 0), (1, 2), (4, 1)],
+        (7, 6),
+        wavelength=1e-10,
+        distance=2.0,
+        pixel=1e-8,
+        propagation=propagation,
+        quantity=quantity,
+        dtype=d.to_complex(),
+    )
+
+
+def fourier_ptychography(d: torch.dtype) -> Detected:
+    return O.FourierPtychography(
+        randn(4, 3, dtype=torch.complex128),
+        [(0.0, 0.0), (0.1, -0.06), (-0.09, 0.05)],
+        (8, 9),
+        wavelength=5e-7,
+        pixel=8e-7,
+        dtype=d.to_complex(),
+    )
 
 
 IMAGING: dict[str, Callable[[torch.dtype], Operator]] = {
@@ -68,7 +94,7 @@ IMAGING: dict[str, Callable[[torch.dtype], Operator]] = {
     "fourier-magnitude": lambda d: O.FourierMagnitude((2, 4, 5), dtype=d),
     "fourier-magnitude-odd-canvas": lambda d: O.FourierMagnitude((1, 3, 5), 1.6, "grey", dtype=d),
     "fourier-magnitude-complex": lambda d: O.FourierMagnitude((4, 3), 1.5, -1.0, dtype=d.to_complex()),
-    "coded-diffraction": lambda d: O.CodedDiffraction(O.masks.phases((4, 5), 3), dtype=d),
+    "coded-diffraction": lambda d: O.CodedDiffraction(O.masks.phases((4, 5), 3, seed=4), dtype=d),
     "coded-diffraction-complex-per-case": lambda d: O.CodedDiffraction(
         randn(2, 2, 3, 4, dtype=torch.complex128), quantity="intensity", dtype=d.to_complex()
     ),
@@ -76,4 +102,14 @@ IMAGING: dict[str, Callable[[torch.dtype], Operator]] = {
     "coded-field-complex-per-case": lambda d: CodedField(
         randn(3, 2, 4, 3, dtype=torch.complex128), dtype=d.to_complex()
     ),
+    "free-space": lambda d: O.FreeSpace((4, 5), 5e-7, (1e-4, -3e-5), 2e-6, dtype=d.to_complex()),
+    "free-space-fresnel": lambda d: O.FreeSpace((5, 3), 5e-7, 2e-4, 2e-6, model="fresnel", dtype=d.to_complex()),
+    "free-space-evanescent": lambda d: O.FreeSpace((6, 6), 5e-7, (3e-7, 8e-7), 3e-7, dtype=d.to_complex()),
+    "hologram": lambda d: O.InlineHologram((4, 5), 5e-7, (1e-4, 2e-4), 2e-6, dtype=d.to_complex()),
+    "ptychographic-field": lambda d: ptychography(d).field,
+    "ptychographic-field-fresnel": lambda d: ptychography(d, "fresnel").field,
+    "ptychography": lambda d: ptychography(d),
+    "ptychography-fresnel": lambda d: ptychography(d, "fresnel", "intensity"),
+    "fourier-ptychographic-field": lambda d: fourier_ptychography(d).field,
+    "fourier-ptychography": fourier_ptychography,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -262,7 +263,73 @@ def test_coded_diffraction_against_numpy() -> None:
     np.testing.assert_allclose(op(x)[0].numpy(), np.abs(spectra) ** 2, atol=1e-12)
 
 
+# ---- propagation, ptychography ----
+
+
+@pytest.mark.parametrize("model", ["angular spectrum", "fresnel"])
+def test_a_gaussian_beam_spreads_as_it_should(model: str) -> None:
+    """The intensity of a beam of waist w has the variance ``w^2 / 4 (1 + (z / z_R)^2)`` per axis."""
+    n, lam, pixel, waist = 128, 5e-7, 2e-6, 2e-5
+    rayleigh = np.pi * waist**2 / lam
+    op = O.InlineHologram((n, n), lam, (rayleigh, -2 * rayleigh), pixel, model=model, dtype=torch.complex128)
+    at = (torch.arange(n).double() - n // 2) * pixel
+    beam = torch.exp(-(at[:, None] ** 2 + at**2) / waist**2).to(torch.complex128)
+    for intensity, z in zip(op(beam[None, None])[0], (1, -2)):
+        variance = float((intensity.sum(1) * at**2).sum() / intensity.sum())
+        assert variance == pytest.approx(waist**2 / 4 * (1 + z**2), rel=1e-3)
+
+
+def test_propagation_adds_up_and_has_its_units() -> None:
+    one = O.FreeSpace((8, 9), 5e-7, 3e-5, 2e-6, dtype=torch.complex128)
+    two = O.FreeSpace((8, 9), 5e-7, 7e-5, 2e-6, dtype=torch.complex128)
+    both = O.FreeSpace((8, 9), 5e-7, 1e-4, 2e-6, dtype=torch.complex128)
+    x = one.domain.randn(1)
+    torch.testing.assert_close(two(one(x)), both(x), atol=1e-9, rtol=0)
+    assert dict(one.range.spacing) == {"y": 2e-6, "x": 2e-6} and one.range.spacing_units == "m"
+    assert bool((IMAGING["free-space-evanescent"](DOUBLE).svd().s == 0).any())  # type: ignore[attr-defined]
+
+
+def test_ptychography_against_its_definition() -> None:
+    op = IMAGING["ptychography"](DOUBLE)
+    x, probe = op.domain.randn(1), randn(3, 4, dtype=torch.complex128)
+    for j, (top, left) in enumerate([(0, 0), (1, 2), (4, 1)]):
+        leaving = (x[0, 0, top : top + 3, left : left + 4] * probe).numpy()
+        expected = np.abs(np.fft.fftshift(np.fft.fft2(leaving, norm="ortho")))
+        np.testing.assert_allclose(op(x)[0, j].numpy(), expected, atol=1e-12)
+    assert op.range.spacing["ky"] == pytest.approx(1e-10 * 2.0 / (3 * 1e-8))
+
+
+def test_fourier_ptychography_sees_tilted_waves() -> None:
+    """An LED sees the part of the spectrum that its tilt moves into the pupil: a plane wave of that frequency."""
+    n, m, lam, pixel = 32, 12, 5e-7, 1e-6
+    pupil = O.circular_pupil(0.05, (m, m), (n, n), wavelength=lam, pixel=pixel)
+    assert float(pupil.sum()) == sum(
+        np.hypot(y, x) <= 0.05 / lam * pixel * n for y in range(-6, 6) for x in range(-6, 6)
+    )
+    step = lam / (n * pixel)
+    op = O.FourierPtychography(
+        pupil, [(0, 0), (5 * step, -8 * step)], (n, n), wavelength=lam, pixel=pixel, dtype=torch.complex128
+    )
+    y, x = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
+    wave = torch.polar(torch.ones(n, n).double(), 2 * np.pi * (5 * y - 8 * x).double() / n)
+    dark, bright = op(wave[None, None])[0]
+    assert float(dark.abs().max()) < 1e-20
+    torch.testing.assert_close(bright, torch.ones_like(bright))
+    assert op.range.spacing["y"] == pytest.approx(pixel * n / m)
+
+
 # ---- bad input ----
+
+
+def ptycho(**changes: Any) -> object:
+    given = {"probe": torch.ones(3, 3), "positions": [(0, 0)], "wavelength": 1e-10, "distance": 1.0, "pixel": 1e-8}
+    return O.Ptychography(shape=(6, 6), **{**given, **changes})
+
+
+def leds(**changes: Any) -> object:
+    given = {"pupil": torch.ones(3, 3), "leds": [(0.0, 0.0)], "wavelength": 5e-7, "pixel": 1e-6}
+    return O.FourierPtychography(shape=(6, 6), **{**given, **changes})
+
 
 BAD: dict[str, tuple[Callable[[], object], str]] = {
     "blur-boundary": (
@@ -315,6 +382,27 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "coded-zero": (lambda: O.CodedDiffraction(torch.zeros(2, 4, 4)), "zero everywhere"),
     "coded-quantity": (lambda: O.CodedDiffraction(torch.ones(2, 4, 4), quantity="phase"), "detected quantity"),
     "phases-none": (lambda: O.masks.phases((4, 4), 0), "at least 1"),
+    "wave-shape": (lambda: O.FreeSpace((1, 4, 4), 5e-7, 1e-3, 1e-6), "size \\(y, x\\)"),
+    "wave-length": (lambda: O.FreeSpace((4, 4), 0, 1e-3, 1e-6), "wavelength must be a positive number of metres"),
+    "wave-distance": (
+        lambda: O.FreeSpace((4, 4), 5e-7, float("nan"), 1e-6),
+        "distance must be a number of metres",
+    ),
+    "wave-no-distance": (lambda: O.FreeSpace((4, 4), 5e-7, [], 1e-6), "at least one distance"),
+    "wave-real": (lambda: O.InlineHologram((4, 4), 5e-7, 1e-3, 1e-6, dtype=torch.float32), "wave is complex"),
+    "wave-model": (lambda: O.FreeSpace((4, 4), 5e-7, 1e-3, 1e-6, model="ray"), "model of propagation is one"),
+    "probe-dark": (lambda: ptycho(probe=torch.zeros(3, 3)), "some light"),
+    "probe-outside": (lambda: ptycho(positions=[(0, 4)]), "leaves the plane"),
+    "probe-between": (lambda: ptycho(positions=[(0, 0.5)]), "whole numbers"),
+    "probe-nowhere": (lambda: ptycho(positions=torch.zeros(0, 2)), "whole numbers"),
+    "probe-propagation": (lambda: ptycho(propagation="near"), "propagation is one of"),
+    "pupil-closed": (lambda: leds(pupil=torch.zeros(3, 3)), "open somewhere"),
+    "leds-outside": (lambda: leds(leds=[(0.3, 0.0)]), "leaves the plane"),
+    "leds-rank": (lambda: leds(leds=[0.1, 0.2]), "sines"),
+    "pupil-large": (
+        lambda: O.circular_pupil(0.5, (4, 4), (16, 16), wavelength=5e-7, pixel=1e-6),
+        "enlarge the images",
+    ),
     "phase-point": (
         lambda: O.FourierMagnitude((1, 4, 4)).vjp(torch.ones(1, 4, 4), torch.ones(1, 1, 8, 8)),
         "Point of the vjp",
