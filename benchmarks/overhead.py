@@ -1,10 +1,10 @@
 """What the driver and the sampler cost beyond the network: wall time over bare batched network calls.
 
-For each sampler the same problem is solved, and in between the bare network is called as often, on the same
-batch, with as many reverse passes as the sampler asks for, and the bare operator as often as the sampler needed it.
-Interleaved, after one round that does not count; medians. The first ratio is wall time over network calls; the
-second has the operator's own time in the denominator too, so that what is left is driver and sampler. On a busy
-machine take one thread and ``--clock process``, which counts the time of this process alone.
+For each sampler the same problem is solved, and in between the bare network is called as often, on the same batch,
+with as many reverse passes as the sampler asks for, and the bare operator as often as it was needed. Interleaved,
+after one round that does not count; medians. The first ratio is wall time over network calls; the second has the
+operator's own time in the denominator too, so that what is left is driver and sampler. On a busy machine take one
+thread and ``--clock process``, which counts the time of this process alone.
 
     python benchmarks/overhead.py [--rounds 5] [--batch 4] [--steps 20] [--samplers dds diffpir dps | all]
 """
