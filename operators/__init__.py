@@ -22,6 +22,10 @@
 ``InlineHologram``    intensity of a wave behind an object
 ``Ptychography``      diffraction patterns of a probe at many positions
 ``FourierPtychography``  images under oblique light from many LEDs
+``Clip``, ``Quantise``  sensors of limited range and few levels
+``JPEG``              compression, exact or as a smooth surrogate
+``FanBeamCT``         line integrals, rays from a point to a flat or curved line
+``ConeBeamCT``        line integrals of volumes, on a circle or a helix
 ``SumOf``             data of several unknowns at once, for joint priors
 ``compose``, ``stack``  the algebra, besides ``@``, ``+``, ``-``, ``*`` and ``.H``
 ====================  ===========================================================================
@@ -40,12 +44,16 @@ if TYPE_CHECKING:
     from invdiff.operators.colour import Grayscale
     from invdiff.operators.components import SumOf
     from invdiff.operators.ct import ParallelBeamCT
+    from invdiff.operators.ct_cone import ConeBeamCT
+    from invdiff.operators.ct_fan import FanBeamCT
     from invdiff.operators.fourier import SubsampledFourier
+    from invdiff.operators.jpeg import JPEG
     from invdiff.operators.mask import Mask
     from invdiff.operators.mri import MultiCoilMRI
     from invdiff.operators.noncartesian import NonCartesianMRI, RadioInterferometry
     from invdiff.operators.off_resonance import OffResonance
     from invdiff.operators.phase import CodedDiffraction, FourierMagnitude
+    from invdiff.operators.pointwise import Clip, Quantise
     from invdiff.operators.propagation import FreeSpace, InlineHologram
     from invdiff.operators.ptychography import FourierPtychography, Ptychography, circular_pupil
     from invdiff.operators.sensing import Hadamard, RandomSensing
@@ -55,37 +63,46 @@ if TYPE_CHECKING:
 _HOMES = {
     "BeerLambert": "invdiff.operators.beer_lambert",
     "Blur": "invdiff.operators.blur",
+    "Clip": "invdiff.operators.pointwise",
     "CodedDiffraction": "invdiff.operators.phase",
+    "ConeBeamCT": "invdiff.operators.ct_cone",
     "Downsampling": "invdiff.operators.superresolution",
-    "circular_pupil": "invdiff.operators.ptychography",
+    "FanBeamCT": "invdiff.operators.ct_fan",
+    "FourierMagnitude": "invdiff.operators.phase",
     "FourierPtychography": "invdiff.operators.ptychography",
     "FreeSpace": "invdiff.operators.propagation",
-    "InlineHologram": "invdiff.operators.propagation",
-    "Ptychography": "invdiff.operators.ptychography",
-    "FourierMagnitude": "invdiff.operators.phase",
     "GaussianBlur": "invdiff.operators.blur",
     "Grayscale": "invdiff.operators.colour",
     "Hadamard": "invdiff.operators.sensing",
     "Identity": "invdiff.operators.basic",
+    "InlineHologram": "invdiff.operators.propagation",
+    "JPEG": "invdiff.operators.jpeg",
     "Mask": "invdiff.operators.mask",
     "Matrix": "invdiff.operators.basic",
     "MultiCoilMRI": "invdiff.operators.mri",
     "NonCartesianMRI": "invdiff.operators.noncartesian",
     "OffResonance": "invdiff.operators.off_resonance",
     "ParallelBeamCT": "invdiff.operators.ct",
+    "Ptychography": "invdiff.operators.ptychography",
+    "Quantise": "invdiff.operators.pointwise",
     "RadioInterferometry": "invdiff.operators.noncartesian",
     "RandomSensing": "invdiff.operators.sensing",
     "SubsampledFourier": "invdiff.operators.fourier",
     "SumOf": "invdiff.operators.components",
+    "circular_pupil": "invdiff.operators.ptychography",
     "compose": "invdiff.operator",
     "stack": "invdiff.operator",
 }
 
 __all__ = [
+    "JPEG",
     "BeerLambert",
     "Blur",
+    "Clip",
     "CodedDiffraction",
+    "ConeBeamCT",
     "Downsampling",
+    "FanBeamCT",
     "FourierMagnitude",
     "FourierPtychography",
     "FreeSpace",
@@ -100,8 +117,9 @@ __all__ = [
     "NonCartesianMRI",
     "OffResonance",
     "ParallelBeamCT",
-    "RadioInterferometry",
     "Ptychography",
+    "Quantise",
+    "RadioInterferometry",
     "RandomSensing",
     "SubsampledFourier",
     "SumOf",

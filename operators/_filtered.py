@@ -74,3 +74,50 @@ def interpolate(rows: Tensor, at: Tensor) -> Tensor:
     j = at.floor().clamp(max=n).long()
     f = (at - j).to(rows.dtype)
     return padded[:, j] * (1 - f) + padded[:, j + 1] * f
+
+
+def redundancy(angles: np.ndarray, fan: np.ndarray, half_fan: float) -> np.ndarray:
+    """Return the weight of every ray ``(views, detectors)``, 1 in sum over all measurements of one line.
+
+    The ray at fan angle ``g`` of the view ``b`` is measured again at ``-g`` of the view ``b + pi - 2 g``. A whole
+    turn counts every ray one half; shorter scans have Parker's smooth weights, widened to the overscan.
+
+    Args:
+        angles: Angles of the views in radians.
+        fan: Angle of every detector from the central ray, ``(detectors,)``.
+        half_fan: Largest angle at which the object is seen.
+
+    Raises:
+        InvdiffError: If the views cover less than half a turn and the fan.
+
+    Reference: Parker, Medical Physics 9(2), 1982; Silver, Medical Physics 27(4), 2000.
+    """
+    ordered = np.sort(angles)
+    gap = float(np.median(np.diff(ordered))) if len(ordered) > 1 else 0.0
+    covered = float(np.ptp(angles)) + gap
+    if covered >= 2 * math.pi - 0.5 * gap and len(angles) > 2:
+        return np.full((len(angles), len(fan)), 0.5)
+    over = 0.5 * (covered - math.pi)
+    if over < half_fan - gap:
+        raise InvdiffError(
+            f"The views cover {math.degrees(covered):.0f} degrees, and filtered back-projection of a fan needs "
+            f"{180 + 2 * math.degrees(half_fan):.0f}; reconstruct by conjugate gradients instead."
+        )
+    b, g = (angles - ordered[0] + 0.5 * gap)[:, None], np.clip(fan, -over, over)[None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rise = np.sin(0.25 * math.pi * np.clip(b / (over + g), 0, 2)) ** 2
+        fall = np.sin(0.25 * math.pi * np.clip((math.pi + 2 * over - b) / (over - g), 0, 2)) ** 2
+    return np.nan_to_num(rise, nan=1.0) * np.nan_to_num(fall, nan=1.0)
+
+
+def interpolate_frame(frames: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Return ``frames`` ``(B, m, n)`` at fractional positions ``(N,)``, bilinear, zero outside: ``(B, N)``."""
+    m, n = frames.shape[1:]
+    padded = torch.nn.functional.pad(frames, (1, 1, 1, 1)).flatten(1)
+    row, column = (row + 1).clamp(0, m + 1), (column + 1).clamp(0, n + 1)
+    i, j = row.floor().clamp(max=m).long(), column.floor().clamp(max=n).long()
+    f, g = (row - i).to(frames.dtype), (column - j).to(frames.dtype)
+    at = i * (n + 2) + j
+    near = padded[:, at] * (1 - g) + padded[:, at + 1] * g
+    far = padded[:, at + n + 2] * (1 - g) + padded[:, at + n + 3] * g
+    return near * (1 - f) + far * f

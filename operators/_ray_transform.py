@@ -146,17 +146,20 @@ class RayTransform(ParametricOperator):
 _ADDRESSABLE = 2 * 8 * ((1 << 31) - 1)
 
 
-def as_angles(angles: Any) -> np.ndarray:
-    """Return the angles of the views in radians, ``(views,)``, warning where they look like degrees."""
+def as_angles(angles: Any, turns: bool = False) -> np.ndarray:
+    """Return the angles of the views in radians, ``(views,)``, warning where they look like degrees.
+
+    Many ``turns`` are natural on a helix; elsewhere angles modulo ``2 pi`` say the same.
+    """
     values = np.array(angles.detach().cpu() if isinstance(angles, Tensor) else angles, dtype=np.float64)
     if values.ndim != 1 or not values.size:
         raise InvdiffError(f"The angles have shape {values.shape}; give a list of at least one angle, in radians.")
     if not np.isfinite(values).all():
         raise InvdiffError("The angles hold NaN or infinite values; leave those views out.")
-    if np.abs(values).max() > 4 * np.pi and np.ptp(values) > 4 * np.pi:
+    if np.abs(values).max() > 4 * np.pi and not turns:
         warnings.warn(
             f"The angles reach {np.abs(values).max():g} and are taken in radians; for degrees give "
-            "numpy.deg2rad(angles). Many turns are meant: filter this warning by its message.",
+            "numpy.deg2rad(angles), and for many turns in radians numpy.mod(angles, 2 * numpy.pi).",
             stacklevel=_outside(),
         )
     values.flags.writeable = False
@@ -171,8 +174,8 @@ def as_image_space(
     spacing: float | Mapping[str, float] | None,
 ) -> tuple[Space, Grid]:
     """Return the domain and the grid of its trailing axes; spacing is 1 where nothing gives it."""
-    space = shape if isinstance(shape, Space) else Space(tuple(shape))
     d = len(axes)
+    space = shape if isinstance(shape, Space) else Space(tuple(shape), dims=axes if len(shape) == d else ())
     if len(space.shape) < d:
         raise InvdiffError(f"The image has shape {space.shape}; expected at least the axes ({', '.join(axes)}).")
     if isinstance(spacing, (int, float)):
@@ -221,3 +224,18 @@ def _outside() -> int:
     while frame.f_back is not None and ".operators" in frame.f_globals.get("__name__", ""):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def as_distances(source: float, detector: float, grid: Grid) -> tuple[float, float]:
+    """Return the distances of source and detector from the axis, refusing a source inside the image."""
+    source, detector = (
+        as_length(source, "The distance of the source from the axis"),
+        as_length(detector, "The distance of the detector from the axis", zero=True),
+    )
+    corner = 0.5 * math.hypot(*grid.extent[-2:])
+    if source <= corner:
+        raise InvdiffError(
+            f"The source is {source:g} from the axis, inside the image, whose corners are at {corner:g}; "
+            "check that distances and spacing have the same units."
+        )
+    return source, detector

@@ -85,7 +85,7 @@ def test_rings():
     found = ct.suppress_rings(z + stripes)
     left = np.abs(found - z).max(0)
     assert left[[5, 33, 60]].max() < 0.025
-    assert np.linalg.norm(found - z) < 0.4 * np.linalg.norm(np.broadcast_to(stripes, z.shape))
+    assert np.linalg.norm(found - z) < 0.6 * np.linalg.norm(np.broadcast_to(stripes, z.shape))
     with pytest.raises(InvdiffError, match="odd"):
         ct.suppress_rings(z, 8)
 
