@@ -1,6 +1,7 @@
 """Bridges to other worlds, one module each; none is imported before it is asked for.
 
-``invdiff.bridge.numpy.from_function`` makes an operator of a function on numpy arrays.
+``bridge.numpy.from_function`` makes an operator of a function on numpy arrays; ``bridge.scipy``, ``bridge.sigpy``
+and ``bridge.deepinv`` translate operators both ways, the last one noise models, priors and samplers too.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from invdiff.bridge import numpy
+    from invdiff.bridge import deepinv, numpy, scipy, sigpy
 
-_MODULES = ("numpy",)
+_MODULES = ("deepinv", "numpy", "scipy", "sigpy")
 
 
 def __getattr__(name: str) -> Any:
@@ -24,4 +25,4 @@ def __dir__() -> list[str]:
     return sorted(_MODULES)
 
 
-__all__ = ["numpy"]
+__all__ = ["deepinv", "numpy", "scipy", "sigpy"]
