@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from invdiff import samplers
+from invdiff.plan import missing_capabilities
+
 ROOT = Path(__file__).resolve().parents[2]
 DRAWS, EVALUATIONS = 2, 6
 
@@ -61,6 +64,17 @@ def test_denoiser_for_deepinv_is_ours(bench, case):
     assert (bridge.nfe, bridge.vjp) == (2, 0)
 
 
+def test_every_row_that_applies_has_what_it_needs(bench, case):
+    coils = case.problem.operator.range.shape[0]
+    rows = [r for r in bench.rows("1 coil") if r.group == "ours"]
+    lacking = {
+        r.label: missing_capabilities(samplers.REGISTRY[r.config["sampler"]](), case.pulled, case.prior)
+        for r in rows
+    }
+    assert not any(lacking[r.label] for r in rows if r.applies(coils))
+    assert all(lacking[r.label] or r.label == "lanpaint" for r in rows if not r.applies(coils))
+
+
 def test_rows_are_finite_and_ordered(bench, case):
     rows = [
         bench.sampler_row("dds", draws=DRAWS, steps=EVALUATIONS),
@@ -68,7 +82,8 @@ def test_rows_are_finite_and_ordered(bench, case):
         *(bench.peer_row(n, {}, "x", DRAWS, EVALUATIONS) for n in ("DPS", "DiffPIR", "DDRM")),
         *(r for r in bench.rows("8 coils") if r.label in ("zero-filled", "SENSE")),
     ]
-    found = {r.label: bench.measure(r, case, 0) for r in rows if r.applies(case)}
+    coils = case.problem.operator.range.shape[0]
+    found = {r.label: bench.measure(r, case, 0) for r in rows if r.applies(coils)}
     assert ("deepinv DDRM, x" in found) == ("svd" in case.pulled.capabilities)
     for label, figures in found.items():
         classical = label in ("zero-filled", "SENSE")
