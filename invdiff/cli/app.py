@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from invdiff import __version__
-from invdiff.cli import compare, demo, guard, priors, reconstruct, samplers, show, train
+from invdiff.cli import check_operator, compare, demo, guard, priors, reconstruct, samplers, show, train
 
 app = typer.Typer(
     name="invdiff",
@@ -41,4 +41,5 @@ app.command("compare")(compare.compare)
 app.command("show")(show.show)
 app.command("samplers")(samplers.samplers)
 app.add_typer(priors.app, name="priors")
+app.command("check-operator")(check_operator.check_operator)
 app.command("train", context_settings={"ignore_unknown_options": True})(train.train)
