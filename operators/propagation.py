@@ -22,10 +22,11 @@ MODELS = ("angular spectrum", "fresnel")
 class FreeSpace(SpectralOperator):
     """``u_d = F^H H_d F x``: a monochromatic wave after each of several distances.
 
-    It maps ``(1, y, x)`` to ``(distance, y, x)``. With the frequency ``f`` and the wavelength ``lam``, "angular spectrum" has
-    ``H_d = exp(2 pi i d sqrt(lam^-2 - |f|^2))`` for propagating waves and 0 for evanescent ones, and "fresnel" its
-    paraxial form ``H_d = exp(2 pi i d / lam) exp(-i pi lam d |f|^2)``. The plane is periodic, so the wave should
-    not reach its edge; ``H_d`` is well sampled for distances up to ``n pixel^2 / lam``.
+    It maps ``(1, y, x)`` to ``(distance, y, x)``. With the frequency ``f`` and the wavelength ``lam``, the model
+    "angular spectrum" has ``H_d = exp(2 pi i d sqrt(lam^-2 - |f|^2))`` for propagating waves and 0 for evanescent
+    ones, and "fresnel" its paraxial form ``H_d = exp(2 pi i d / lam) exp(-i pi lam d |f|^2)``. The plane is
+    periodic, so the wave should not reach its edge; ``H_d`` is well sampled for distances up to
+    ``n pixel^2 / lam``.
 
     Args:
         shape: Size ``(y, x)`` of the plane.
