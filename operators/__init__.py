@@ -6,6 +6,8 @@
 ``Mask``              inpainting: zeros where nothing was sampled
 ``SubsampledFourier`` centred orthonormal FFT over (y, x), then a k-space mask
 ``MultiCoilMRI``      Cartesian parallel MRI: coil maps, centred FFT, k-space mask
+``FramesMRI``         the same of several images: frames in time, slices, diffusion directions
+``VolumeMRI``         the same of a volume, with a 3-D FFT
 ``NonCartesianMRI``   parallel MRI along any trajectory, with off-resonance
 ``RadioInterferometry``  visibilities of a small field of the sky
 ``Blur``              circular convolution with a kernel
@@ -26,6 +28,8 @@
 ``JPEG``              compression, exact or as a smooth surrogate
 ``FanBeamCT``         line integrals, rays from a point to a flat or curved line
 ``ConeBeamCT``        line integrals of volumes, on a circle or a helix
+``SpaceVaryingBlur``  product-convolution: a kernel for every window
+``NonlinearBlur``     blur in linear light, seen through a camera's response
 ``SumOf``             data of several unknowns at once, for joint priors
 ``compose``, ``stack``  the algebra, besides ``@``, ``+``, ``-``, ``*`` and ``.H``
 ====================  ===========================================================================
@@ -50,6 +54,8 @@ if TYPE_CHECKING:
     from invdiff.operators.jpeg import JPEG
     from invdiff.operators.mask import Mask
     from invdiff.operators.mri import MultiCoilMRI
+    from invdiff.operators.mri_frames import FramesMRI
+    from invdiff.operators.mri_volume import VolumeMRI
     from invdiff.operators.noncartesian import NonCartesianMRI, RadioInterferometry
     from invdiff.operators.off_resonance import OffResonance
     from invdiff.operators.phase import CodedDiffraction, FourierMagnitude
@@ -58,7 +64,7 @@ if TYPE_CHECKING:
     from invdiff.operators.ptychography import FourierPtychography, Ptychography, circular_pupil
     from invdiff.operators.sensing import Hadamard, RandomSensing
     from invdiff.operators.superresolution import Downsampling
-
+    from invdiff.operators.varying import NonlinearBlur, SpaceVaryingBlur
 
 _HOMES = {
     "BeerLambert": "invdiff.operators.beer_lambert",
@@ -70,6 +76,7 @@ _HOMES = {
     "FanBeamCT": "invdiff.operators.ct_fan",
     "FourierMagnitude": "invdiff.operators.phase",
     "FourierPtychography": "invdiff.operators.ptychography",
+    "FramesMRI": "invdiff.operators.mri_frames",
     "FreeSpace": "invdiff.operators.propagation",
     "GaussianBlur": "invdiff.operators.blur",
     "Grayscale": "invdiff.operators.colour",
@@ -81,21 +88,23 @@ _HOMES = {
     "Matrix": "invdiff.operators.basic",
     "MultiCoilMRI": "invdiff.operators.mri",
     "NonCartesianMRI": "invdiff.operators.noncartesian",
+    "NonlinearBlur": "invdiff.operators.varying",
     "OffResonance": "invdiff.operators.off_resonance",
     "ParallelBeamCT": "invdiff.operators.ct",
     "Ptychography": "invdiff.operators.ptychography",
     "Quantise": "invdiff.operators.pointwise",
     "RadioInterferometry": "invdiff.operators.noncartesian",
     "RandomSensing": "invdiff.operators.sensing",
+    "SpaceVaryingBlur": "invdiff.operators.varying",
     "SubsampledFourier": "invdiff.operators.fourier",
     "SumOf": "invdiff.operators.components",
+    "VolumeMRI": "invdiff.operators.mri_volume",
     "circular_pupil": "invdiff.operators.ptychography",
     "compose": "invdiff.operator",
     "stack": "invdiff.operator",
 }
 
 __all__ = [
-    "JPEG",
     "BeerLambert",
     "Blur",
     "Clip",
@@ -105,24 +114,29 @@ __all__ = [
     "FanBeamCT",
     "FourierMagnitude",
     "FourierPtychography",
+    "FramesMRI",
     "FreeSpace",
     "GaussianBlur",
     "Grayscale",
     "Hadamard",
     "Identity",
     "InlineHologram",
+    "JPEG",
     "Mask",
     "Matrix",
     "MultiCoilMRI",
     "NonCartesianMRI",
+    "NonlinearBlur",
     "OffResonance",
     "ParallelBeamCT",
     "Ptychography",
     "Quantise",
     "RadioInterferometry",
     "RandomSensing",
+    "SpaceVaryingBlur",
     "SubsampledFourier",
     "SumOf",
+    "VolumeMRI",
     "circular_pupil",
     "compose",
     "stack",

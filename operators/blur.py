@@ -141,23 +141,44 @@ class Blur(SpectralOperator):
         (h,) = self._derived(_transfer)
         return h.reshape(h.shape[0], *([1] * (len(self.domain.shape) - 2)), *h.shape[-2:])
 
-    def _filter(self, x: Tensor, h: Tensor) -> Tensor:
-        """Multiply the spectrum of images by ``h``."""
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Size of the transform: of the image if it is periodic, else one that is fast and large enough."""
+        (ny, nx), (ky, kx) = self.domain.shape[-2:], self._sizes
         if self.boundary == "circular":
-            return convolve.multiply_spectrum(x, h, (x.shape[-2], x.shape[-1]))
-        ky, kx = self._sizes
-        (my, mx), lengths = self.range.shape[-2:], _lengths(self)
-        out = convolve.multiply_spectrum(convolve.extend(x, self._sizes, self.boundary), h, lengths)
-        return out[..., ky - 1 : ky - 1 + my, kx - 1 : kx - 1 + mx]
+            return ny, nx
+        my, mx = sum(convolve.margins(ky, self.boundary)), sum(convolve.margins(kx, self.boundary))
+        return convolve.fast_length(ny + my), convolve.fast_length(nx + mx)
+
+    def _filter(self, x: Tensor, h: Tensor) -> Tensor:
+        """Return the image after multiplying its spectrum by ``h``."""
+        if self.boundary != "circular":
+            x = convolve.extend(x, self._sizes, self.boundary)
+        return self.crop(convolve.multiply_spectrum(x, h, self.lengths))
 
     def _filter_back(self, y: Tensor, h: Tensor) -> Tensor:
+        return self.refold(convolve.multiply_spectrum(self.uncrop(y), h, self.lengths))
+
+    def crop(self, out: Tensor) -> Tensor:
+        """Return the valid part of what a transform gives; all of it for periodic images."""
         if self.boundary == "circular":
-            return self._filter(y, h)
+            return out
+        (ky, kx), (my, mx) = self._sizes, self.range.shape[-2:]
+        return out[..., ky - 1 : ky - 1 + my, kx - 1 : kx - 1 + mx]
+
+    def uncrop(self, y: Tensor) -> Tensor:
+        """Put data where `crop` took them from; the transform fills up the rest."""
+        if self.boundary == "circular":
+            return y
         ky, kx = self._sizes
-        (my, mx), lengths = self.range.shape[-2:], _lengths(self)
-        y = torch.nn.functional.pad(y, (kx - 1, 0, ky - 1, 0))
-        out = convolve.multiply_spectrum(y, h, lengths)[..., : my + ky - 1, : mx + kx - 1]
-        return convolve.fold(out, self._sizes, self.boundary)
+        return torch.nn.functional.pad(y, (kx - 1, 0, ky - 1, 0))
+
+    def refold(self, out: Tensor) -> Tensor:
+        """Return the adjoint of extending, of what a transform gives."""
+        if self.boundary == "circular":
+            return out
+        (ky, kx), (my, mx) = self._sizes, self.range.shape[-2:]
+        return convolve.fold(out[..., : my + ky - 1, : mx + kx - 1], self._sizes, self.boundary)
 
     def svd(self) -> SVD:
         """Return the decomposition, in centred frequencies of the shape of the domain for periodic images."""
@@ -263,20 +284,10 @@ def _cut_gaussian(std: float) -> Tensor:
     return values / values.sum()
 
 
-def _lengths(operator: Blur) -> tuple[int, int]:
-    """Return the size of the transform: of the image if it is periodic, else one that is fast and large enough."""
-    (ny, nx), (ky, kx) = operator.domain.shape[-2:], operator._sizes
-    if operator.boundary == "circular":
-        return ny, nx
-    return tuple(  # type: ignore[return-value]
-        convolve.fast_length(n + sum(convolve.margins(k, operator.boundary))) for n, k in ((ny, ky), (nx, kx))
-    )
-
-
 def embed(operator: Blur) -> Tensor:
     """Return the kernels in double precision on the grid of the transform, their first element at (0, 0)."""
     kernel = operator.kernel.double()
-    grid = kernel.new_zeros(kernel.shape[0], *_lengths(operator))
+    grid = kernel.new_zeros(kernel.shape[0], *operator.lengths)
     ky, kx = kernel.shape[-2:]
     grid[:, :ky, :kx] = kernel
     # Of a periodic image the origin comes first instead; extended ones are cut to what is valid.

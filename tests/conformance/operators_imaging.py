@@ -112,4 +112,16 @@ IMAGING: dict[str, Callable[[torch.dtype], Operator]] = {
     "ptychography-fresnel": lambda d: ptychography(d, "fresnel", "intensity"),
     "fourier-ptychographic-field": lambda d: fourier_ptychography(d).field,
     "fourier-ptychography": fourier_ptychography,
+    "clip": lambda d: O.Clip((1, 4, 5), 0.4, -2.0, 1.3, dtype=d),
+    "space-varying-blur": lambda d: O.SpaceVaryingBlur(randn(3, 3, 2), randn(3, 6, 7), (2, 6, 7), dtype=d),
+    "space-varying-blur-reflect": lambda d: O.SpaceVaryingBlur(
+        randn(2, 3, 4), randn(2, 5, 6), (1, 5, 6), boundary="reflect", dtype=d
+    ),
+    "space-varying-blur-valid-complex": lambda d: O.SpaceVaryingBlur(
+        randn(2, 3, 4), randn(2, 5, 6), (5, 6), boundary="valid", dtype=d.to_complex()
+    ),
+    "nonlinear-blur": lambda d: O.NonlinearBlur(O.Blur(O.kernels.gaussian(0.6, 5), (1, 6, 7), dtype=d), 2.0, 0.3),
+    "nonlinear-blur-per-case": lambda d: O.NonlinearBlur(
+        O.Blur(randn(2, 2, 2) ** 2, (4, 5), boundary="reflect", dtype=d), 1.8, 0.2
+    ),
 }
