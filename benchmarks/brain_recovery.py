@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import deepinv_peers
 import numpy as np
 import torch
-from torch import Tensor
 
 import invdiff
 from invdiff import baselines, metrics, mri, mri_simulation, priors, samplers
@@ -84,6 +84,7 @@ def simulate(
     scan, sigma = mri_simulation.simulate_scan(image, coils, acceleration, centre, SNR, seed)
     maps = mri_simulation.birdcage_maps(coils, (image.shape[0], image.shape[1]))
     problem = mri.problem_from_kspace(scan, coil_maps=maps, sigma=sigma)
+    problem = dataclasses.replace(problem, x_true=torch.from_numpy(image)[None, None])
     return Case(problem, image, priors.load("brain-mri").adapt(problem))
 
 
@@ -211,9 +212,6 @@ CLASSICAL = (
 
 # --- deepinv ---------------------------------------------------------------------------------------------------
 
-#: deepinv's images are in [0, 1]: prior coordinates in [-REACH, REACH] are mapped there. Its samplers clip to that
-#: range, so no pixel of the truth may lie outside.
-REACH = 1.75
 #: The best of `GRIDS` by problem; every sampler also has a row at its own default.
 PEERS: dict[str, dict[str, dict[str, Any]]] = {
     "DPS": {"8 coils": {"weight": 3.0, "guidance": "annealed"}},
@@ -230,153 +228,20 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-class Bridge:
-    """Our prior and operator in deepinv's terms.
-
-    With prior coordinates ``v`` (two channels, in units where the operator is ``A v``, ``c`` image units per prior
-    unit) and ``u = 1/2 + v / 2 REACH`` in [0, 1], the data become ``y / (2 REACH c) + B 1/2 = B u + noise`` with
-    ``B = A / c``, of about unit norm, and the noise level ``sigma / (2 REACH c)``; complex data are pairs of real
-    numbers. The denoiser is ``D`` between the same two maps; above the prior's largest level, where next to
-    nothing is left of the image, its input is scaled down to that level.
-    """
-
-    def __init__(self, case: Case, draws: int) -> None:
-        self.case, self.draws = case, draws
-        pulled = case.pulled
-        gain = torch.ones(()) if pulled.gain is None else pulled.gain.reshape(-1)[0]
-        self.gain, self.operator = float(gain), pulled.operator
-        self.unit = 2 * REACH * self.gain
-        self.shape = (draws, *case.prior.codec.prior.shape)
-        self.nfe = self.vjp = 0
-        peak = float(case.prior.codec.encode(torch.from_numpy(case.truth)[None, None]).abs().max())
-        if peak >= REACH:
-            raise invdiff.InvdiffError(f"deepinv would clip the truth, which reaches {peak:.2f}; raise REACH.")
-
-    @functools.cached_property
-    def y(self) -> Tensor:
-        """Data, ``(draws, *range, 2)`` real."""
-        half = self.forward(torch.full((1, *self.shape[1:]), 0.5))
-        y = torch.view_as_real(self.case.pulled.y) / self.unit + half
-        return y.expand(self.draws, *y.shape[1:]).contiguous()
-
-    @functools.cached_property
-    def sigma(self) -> float:
-        """Noise level per real component in units of `y`."""
-        return float(self.case.pulled.sigma(self.case.pulled.y).reshape(-1)[0]) / self.unit
-
-    def forward(self, u: Tensor) -> Tensor:
-        """Return ``B u``."""
-        return torch.view_as_real(self.operator(u) / self.gain)
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        """Return ``B^T y``."""
-        return self.operator.adjoint(torch.view_as_complex(y.contiguous()) / self.gain)
-
-    def normal(self, u: Tensor) -> Tensor:
-        """Return ``B^T B u``."""
-        return self.operator.normal(u) / self.gain**2
-
-    def denoise(self, u: Tensor, sigma: Tensor | float) -> Tensor:
-        """Return ``E[u0 | u]``, counting."""
-        self.nfe += 1
-        self.vjp += int(torch.is_grad_enabled() and u.requires_grad)
-        denoiser = self.case.prior.denoiser
-        level = 2 * REACH * torch.as_tensor(sigma, dtype=torch.float32).reshape(-1).expand(len(u))
-        known = level.clamp(denoiser.sigma_min, denoiser.sigma_max)
-        shrink = (known / level).clamp(max=1).reshape(-1, 1, 1, 1)
-        v = 2 * REACH * (u.to(torch.float32) - 0.5)
-        return 0.5 + denoiser(v * shrink, known) / (2 * REACH)
-
-    def images(self, u: Tensor) -> Draws:
-        """Return the finite draws as images of the case."""
-        v = 2 * REACH * (u.detach().to(torch.float32) - 0.5)
-        x = self.case.prior.codec.decode(v)[:, 0].numpy()
-        x = x[np.isfinite(x).all(axis=(1, 2))]
-        return Draws(x, np.full(len(x), 1 / max(len(x), 1)), point=False)
-
-    def physics(self, spectral: bool = False) -> Any:
-        """Return the operator as a deepinv physics, with its singular value decomposition where asked."""
-        import deepinv
-
-        noise, bridge = deepinv.physics.GaussianNoise(self.sigma), self
-        if spectral:
-            svd = self.operator.svd()
-
-            def pair(c: Tensor) -> Tensor:
-                return torch.cat([c.real, c.imag], 1)
-
-            def whole(c: Tensor) -> Tensor:
-                return torch.complex(*(p.contiguous() for p in c.chunk(2, 1)))
-
-            def to_data(c: Tensor) -> Tensor:
-                return torch.view_as_real(svd.u(whole(c)))
-
-            def from_data(y: Tensor) -> Tensor:
-                return pair(svd.uh(torch.view_as_complex(y.contiguous())))
-
-            s = (svd.s / self.gain).to(torch.float32)
-            return deepinv.physics.DecomposablePhysics(
-                U=to_data,
-                U_adjoint=from_data,
-                V=lambda c: svd.v(whole(c)),
-                V_adjoint=lambda u: pair(svd.vh(u)),
-                mask=torch.cat([s, s], 1),
-                noise_model=noise,
-            )
-
-        class Operator(deepinv.physics.LinearPhysics):
-            def A_adjoint_A(self, x: Tensor, **kwargs: Any) -> Tensor:
-                return bridge.normal(x)
-
-        return Operator(
-            A=lambda u, **_: self.forward(u), A_adjoint=lambda y, **_: self.adjoint(y), noise_model=noise
-        )
-
-    def denoiser(self) -> Any:
-        """Return the prior as a deepinv denoiser."""
-        import deepinv
-
-        bridge = self
-
-        class Denoiser(deepinv.models.Denoiser):
-            def forward(self, x: Tensor, sigma: Tensor | float, **_: Any) -> Tensor:
-                return bridge.denoise(x, sigma)
-
-        return Denoiser()
-
-
-def run_peer(name: str, settings: dict[str, Any], case: Case, seed: int, draws: int, evaluations: int) -> Found:
-    """Draw with a sampler of deepinv."""
-    import deepinv
-
-    bridge = Bridge(case, draws)
-    prior, generator = bridge.denoiser(), torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(seed)
-        if name == "DPS":  # one evaluation between two time steps
-            model = deepinv.sampling.DPS(prior, num_steps=evaluations + 1, rng=generator, **settings)
-            u = model(bridge.y, bridge.physics(), x_init=bridge.shape)
-        elif name == "DiffPIR":
-            fidelity = deepinv.optim.data_fidelity.L2()
-            model = deepinv.sampling.DiffPIR(prior, fidelity, bridge.sigma, evaluations, **settings)
-            u = model(bridge.y, bridge.physics())
-        else:
-            model = deepinv.sampling.DDRM(prior, np.linspace(1, 0, evaluations), **settings)
-            u = model(bridge.y, bridge.physics(spectral=True))
-    return Found(bridge.images(u), bridge.nfe, bridge.vjp)
-
-
 def peer_row(
     name: str, settings: dict[str, Any], label: str = "", draws: int = DRAWS, evaluations: int = BUDGET
 ) -> Row:
     """Return the row of a sampler of deepinv."""
     label = label or ", ".join(f"{k} {v}" for k, v in settings.items())
+
+    def make(case: Case, seed: int) -> Found:
+        return Found(*deepinv_peers.draw(name, settings, case.problem, case.prior, seed, draws, evaluations))
+
     return Row(
         f"deepinv {name}, {label}",
         "deepinv",
         {**settings, "draws": draws, "evaluations": evaluations},
-        lambda case, seed: run_peer(name, settings, case, seed, draws, evaluations),
+        make,
         one_coil=name == "DDRM",
     )
 
@@ -643,8 +508,9 @@ def page(done: dict) -> str:
     for problem, coils in PROBLEMS.items():
         if lacking := [r.label for r in rows(problem) if r.applies(coils) and f"{problem}/{r.label}" not in done]:
             parts.append(f"Not measured yet, {problem}: {'; '.join(lacking)}.\n")
+    reach = deepinv_peers.REACH
     parts.append(
-        f"deepinv works on images in [0, 1]; the prior's coordinates from -{REACH} to {REACH} are mapped there, "
+        f"deepinv works on images in [0, 1]; the prior's coordinates from -{reach} to {reach} are mapped there, "
         "which clips no pixel of the truth. PSNR of the mean of two draws on the slice outside the tables:\n\n"
         + tuning_table(done)
     )

@@ -1,6 +1,6 @@
 """The brain benchmark: deepinv is given the problem that we have, and rows give finite figures in a sane order."""
 
-import importlib.util
+import importlib
 import math
 import sys
 from pathlib import Path
@@ -18,14 +18,11 @@ DRAWS, EVALUATIONS = 2, 6
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("brain_recovery", ROOT / "benchmarks" / "brain_recovery.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["brain_recovery"] = module
-    try:
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        del sys.modules["brain_recovery"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        yield importlib.import_module("brain_recovery")
+        for name in ("brain_recovery", "deepinv_peers"):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="module", params=[8, 1], ids=["8 coils", "1 coil"])
@@ -35,9 +32,9 @@ def case(request, bench):
 
 def test_deepinv_sees_our_problem(bench, case):
     """The truth explains deepinv's data to the noise; the adjoint is one; the decomposition is the operator's."""
-    bridge = bench.Bridge(case, DRAWS)
+    reach, bridge = bench.deepinv_peers.REACH, bench.deepinv_peers.Bridge(case.problem, case.prior, DRAWS)
     v = case.prior.codec.encode(torch.from_numpy(case.truth)[None, None])
-    u = 0.5 + v / (2 * bench.REACH)
+    u = 0.5 + v / (2 * reach)
     assert float(u.min()) > 0 and float(u.max()) < 1
     physics = bridge.physics()
     rest = (bridge.y[:1] - physics.A(u)) / bridge.sigma
@@ -55,11 +52,11 @@ def test_deepinv_sees_our_problem(bench, case):
 
 
 def test_denoiser_for_deepinv_is_ours(bench, case):
-    bridge = bench.Bridge(case, 1)
+    reach, bridge = bench.deepinv_peers.REACH, bench.deepinv_peers.Bridge(case.problem, case.prior, 1)
     u = torch.rand(1, 2, 32, 32, generator=torch.Generator().manual_seed(0))
-    v = 2 * bench.REACH * (u - 0.5)
-    ours = case.prior.denoiser(v, torch.full((1,), 2 * bench.REACH * 0.1))
-    torch.testing.assert_close(bridge.denoise(u, 0.1), 0.5 + ours / (2 * bench.REACH))
+    v = 2 * reach * (u - 0.5)
+    ours = case.prior.denoiser(v, torch.full((1,), 2 * reach * 0.1))
+    torch.testing.assert_close(bridge.denoise(u, 0.1), 0.5 + ours / (2 * reach))
     assert bool(torch.isfinite(bridge.denoise(1e3 * u, 500.0)).all())  # beyond the prior's largest level
     assert (bridge.nfe, bridge.vjp) == (2, 0)
 
