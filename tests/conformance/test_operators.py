@@ -17,6 +17,7 @@ from invdiff.spaces import Space
 from invdiff.testing import check_operator, dense_matrix
 from tests.conformance.operators_ct import CT
 from tests.conformance.operators_imaging import IMAGING
+from tests.conformance.operators_mri import MRI
 
 REAL = [torch.float32, torch.float64]
 SHAPE = (1, 5, 6)
@@ -170,6 +171,7 @@ FACTORIES: dict[str, Callable[[torch.dtype], Operator]] = {
     "nonlinear-composed": lambda d: compose(magnitude_squared(d), O.Matrix(maps(6, 4).to(C[d]), range=(3, 2))),
     "affine": lambda d: Affine(O.Mask(mask(5, 6), SHAPE, dtype=d), randn(2, *SHAPE).to(d)),
     **IMAGING,
+    **MRI,
     **CT,
 }
 
