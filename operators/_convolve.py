@@ -89,12 +89,17 @@ def multiply_spectrum(x: Tensor, h: Tensor, lengths: tuple[int, int]) -> Tensor:
     return torch.fft.irfft2(torch.fft.rfft2(x, s=lengths).mul_(h), s=lengths)
 
 
+def row_blocks(x: Tensor, numbers: int) -> list[slice]:
+    """Return slices of the rows of ``x``, of ``numbers`` each while at work, that keep to the cache of a CPU."""
+    step = max(1, len(x) if x.is_cuda else _BLOCK // max(1, numbers))
+    return [slice(i, i + step) for i in range(0, max(1, len(x)), step)]
+
+
 def in_blocks(function: Callable[..., Tensor], x: Tensor, h: Tensor) -> Tensor:
     """Return ``function(x, h)``, a few rows at a time where that keeps them in the cache."""
-    step = len(x) if x.is_cuda else max(1, _BLOCK // max(1, x[:1].numel()))
-    if len(x) <= step:
+    blocks = row_blocks(x, x[:1].numel())
+    if len(blocks) == 1:
         return function(x, h)
-    blocks = [slice(i, i + step) for i in range(0, len(x), step)]
     return torch.cat([function(x[b], h if len(h) == 1 else h[b]) for b in blocks])
 
 

@@ -15,8 +15,8 @@ from invdiff.operators import _convolve as convolve
 from invdiff.operators import _separable as separable
 from invdiff.operators._fft import AXES, centred_fft, centred_ifft, hartley
 from invdiff.operators._parameters import as_parameter, as_space
-from invdiff.operators._spectral import CLOSED_FORMS, SpectralOperator, cut_small
-from invdiff.spaces import Space
+from invdiff.operators._spectral import CLOSED_FORMS, SpectralOperator, cut_small, over
+from invdiff.spaces import Space, per_row
 
 METHODS = ("auto", "fft", "separable", "direct")
 #: Standard deviations that a Gaussian reaches to where its periods are not summed; what is cut off is 2e-9.
@@ -180,6 +180,36 @@ class Blur(SpectralOperator):
         (ky, kx), (my, mx) = self._sizes, self.range.shape[-2:]
         return convolve.fold(out[..., : my + ky - 1, : mx + kx - 1], self._sizes, self.boundary)
 
+    def prox(self, z: Tensor, y: Tensor, rho: Tensor) -> Tensor:
+        """Return ``argmin_x ||A x - y||^2 + rho ||x - z||^2``, ``(B, *domain)``; ``rho`` is ``(B,)``.
+
+        For periodic images ``F^-1 (z + conj(h) (y - h z) / (|h|^2 + rho))`` on spectra: three FFTs.
+        """
+        if self.boundary != "circular":
+            return super().prox(z, y, rho)
+        self.domain.check(z, f"Centre z of the prox of {self.name}")
+        self.range.check(y, f"Data y of the prox of {self.name}")
+        z, y = self._enter(z, self.domain), self._enter(y, self.range)
+        if not z.numel():
+            return z
+        (h,) = self._derived(_kept)
+        h = h.reshape(h.shape[0], *([1] * (len(self.domain.shape) - 2)), *h.shape[-2:])
+        power, seen = h.abs().square(), h != 0
+        weights = per_row(torch.as_tensor(rho).expand(len(z)), z)
+        complex_, size = z.is_complex(), self.lengths
+        forward, back = (torch.fft.fft2, torch.fft.ifft2) if complex_ else (torch.fft.rfft2, torch.fft.irfft2)
+
+        def solve(z: Tensor, y: Tensor, rho: Tensor, h: Tensor, power: Tensor, seen: Tensor) -> Tensor:
+            k = forward(z)
+            gain = over(
+                h.conj(), (power + rho).to(h.dtype), seen.expand(torch.broadcast_shapes(h.shape, rho.shape))
+            )
+            return back(k + (forward(y) - h * k) * gain, s=size)
+
+        blocks = convolve.row_blocks(z, self.domain.size)
+        parts = [[p if len(p) == 1 else p[b] for p in (h, power, seen)] for b in blocks]
+        return torch.cat([solve(z[b], y[b], weights[b], *p) for b, p in zip(blocks, parts)])
+
     def svd(self) -> SVD:
         """Return the decomposition, in centred frequencies of the shape of the domain for periodic images."""
         if "svd" not in self.capabilities:
@@ -298,6 +328,13 @@ def _transfer(operator: Blur) -> tuple[Tensor]:
     """Return the transfer function, half of it for real images, ``(1 or N, y, x or x // 2 + 1)``."""
     transform = torch.fft.fft2 if operator.domain.is_complex else torch.fft.rfft2
     return (transform(embed(operator)).to(operator.domain.real_dtype.to_complex()),)
+
+
+def _kept(operator: Blur) -> tuple[Tensor]:
+    """Return the transfer function without what is lost to rounding, as `_polar` counts it."""
+    (h,) = operator._derived(_transfer)
+    size = round(math.prod(operator.domain.shape[-2:]) ** 0.5)
+    return (torch.where(cut_small(h.abs(), size) > 0, h, torch.zeros_like(h)),)
 
 
 def _polar(operator: Blur) -> tuple[Tensor, Tensor]:

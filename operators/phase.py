@@ -11,6 +11,7 @@ from torch import Tensor
 
 from invdiff.errors import InvdiffError
 from invdiff.operator import Operator
+from invdiff.operators._convolve import row_blocks
 from invdiff.operators._fft import AXES, centred_fft, centred_ifft
 from invdiff.operators._magnitude import Detected
 from invdiff.operators._parameters import ParametricOperator, as_parameter, as_space
@@ -116,6 +117,9 @@ class FourierMagnitude(Operator):
         self.range.check(v, f"Input of the vjp of {self.name}")
         if not x.numel():
             return x.to(self.domain.dtype)
+        return torch.cat([self._back(x[b], v[b]) for b in row_blocks(x, self.range.size)])
+
+    def _back(self, x: Tensor, v: Tensor) -> Tensor:
         k = torch.sgn(self._spectrum(x, self.fill)) * self._half(v.to(self.range.dtype))
         transform = torch.fft.ifft2 if self.domain.is_complex else torch.fft.irfft2
         out = transform(k, s=self.canvas, norm="ortho")

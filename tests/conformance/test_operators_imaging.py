@@ -72,6 +72,24 @@ def test_blur_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
                 torch.testing.assert_close(a, b, atol=1e-13, rtol=1e-13)
 
 
+@pytest.mark.parametrize("complex_", [False, True])
+def test_prox_of_periodic_blur_is_that_of_its_decomposition(
+    complex_: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from invdiff.operators import _convolve
+    from invdiff.operators._spectral import SpectralOperator
+
+    dtype = torch.complex128 if complex_ else DOUBLE
+    for kernel in (torch.ones(1, 3) / 3, randn(3, 3, 4)):  # one with a null space, and one kernel per case
+        op = O.Blur(kernel, (2, 4, 6), dtype=dtype)
+        monkeypatch.setattr(_convolve, "_BLOCK", op.domain.size)
+        z, y = op.domain.randn(3), op.range.randn(3, 1)
+        for rho in (torch.zeros(3).double(), torch.tensor([0.0, 0.3, 2.0]).double()):
+            torch.testing.assert_close(
+                op.prox(z, y, rho), SpectralOperator.prox(op, z, y, rho), atol=1e-10, rtol=0
+            )
+
+
 def test_the_method_follows_from_boundary_and_kernel() -> None:
     def chosen(kernel: torch.Tensor, boundary: str) -> str:
         return O.Blur(kernel, (1, 9, 9), boundary=boundary).method
