@@ -21,7 +21,7 @@ from invdiff.spaces import Space
 
 NORMALS = ("exact", "toeplitz")
 #: Coil images that one pass on a CPU takes at a time: more of them leave the caches (measured at 256 x 256).
-_BLOCK = 16
+_BLOCK = 8
 _AXES = {1: ("x",), 2: ("y", "x"), 3: ("z", "y", "x")}
 
 
@@ -311,9 +311,12 @@ def _in_blocks(
     if not len(x):
         return out.zeros(0, x.device)
     step = len(x) if x.is_cuda else max(1, width // weights.shape[1])
-    starts = range(0, len(x), step)
-    parts = [apply(x[i : i + step], weights if len(weights) == 1 else weights[i : i + step]) for i in starts]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    if step >= len(x):
+        return apply(x, weights)
+    whole = torch.empty(len(x), *out.shape, dtype=out.dtype, device=x.device)
+    for i in range(0, len(x), step):
+        whole[i : i + step] = apply(x[i : i + step], weights if len(weights) == 1 else weights[i : i + step])
+    return whole
 
 
 def _folded(operator: FourierSums) -> tuple[Tensor, Tensor]:
