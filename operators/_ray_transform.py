@@ -19,7 +19,7 @@ from invdiff.operator import apply_linear
 from invdiff.operators import _rays
 from invdiff.operators._parameters import ParametricOperator, as_space
 from invdiff.operators._rays import Grid, Rays
-from invdiff.operators._table import Table, TableHolder, build_table, multiply, table_bytes
+from invdiff.operators._table import Table, TableHolder, build_table, table_bytes
 from invdiff.spaces import Space
 
 METHODS = ("auto", "table", "matrix-free", "reference")
@@ -110,17 +110,15 @@ class RayTransform(ParametricOperator):
     def _normal(self, x: Tensor) -> Tensor:
         if self.method != "table" or not x.numel():
             return self._adjoint(self._forward(x))
-        table = self._table()
-        columns = self._enter(x, self.domain).reshape(-1, math.prod(self.grid.sizes)).mT.contiguous()
-        back = multiply(table.transpose, multiply(table.forward, columns))
-        return back.mT.reshape(x.shape)
+        x = self._enter(x, self.domain)
+        return self._table().normal(x.reshape(-1, math.prod(self.grid.sizes))).reshape(x.shape)
 
     def _apply(self, rows: Tensor, transposed: bool) -> Tensor:
         if not len(rows):
             return rows.new_zeros(0, math.prod(self.grid.sizes) if transposed else len(self.angles) * self.bins)
         if self.method == "table":
             table = self._table()
-            return multiply(table.transpose if transposed else table.forward, rows.mT.contiguous()).mT
+            return table.back_project(rows) if transposed else table.project(rows)
         views = (self.grid, self._trace, len(self.angles), self.bins)
         if self.method == "matrix-free" and not rows.is_cuda and importlib.util.find_spec("numba"):
             from invdiff.operators import _joseph

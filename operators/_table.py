@@ -24,13 +24,18 @@ _ENTRIES = 1 << 22
 class Table:
     """A sparse matrix and its transpose.
 
+    Rays that run across the rows of an image in memory would jump from line to line. The forward matrix therefore
+    acts on copies of the image, one per axis, in each of which that axis is innermost; every ray reads the copy
+    of the axis that it is stepped along.
+
     Args:
-        forward: ``(rays, pixels)`` in CSR.
-        transpose: ``(pixels, rays)`` in CSR.
+        forward: ``(data, axes * pixels)`` in CSR.
+        transpose: ``(pixels, data)`` in CSR.
+        sizes: Lengths of the axes of the image.
     """
 
-    def __init__(self, forward: Tensor, transpose: Tensor) -> None:
-        self.forward, self.transpose = forward, transpose
+    def __init__(self, forward: Tensor, transpose: Tensor, sizes: tuple[int, ...]) -> None:
+        self.forward, self.transpose, self.sizes = forward, transpose, sizes
 
     @property
     def nbytes(self) -> int:
@@ -39,6 +44,47 @@ class Table:
             t for m in (self.forward, self.transpose) for t in (m.crow_indices(), m.col_indices(), m.values())
         ]
         return sum(t.numel() * t.element_size() for t in parts)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return ``A x``, ``(B, pixels) -> (B, data)``."""
+        return _multiply(self.forward, self._copies(x)).mT.contiguous()
+
+    def back_project(self, y: Tensor) -> Tensor:
+        """Return ``A^T y``, ``(B, data) -> (B, pixels)``."""
+        return _multiply(self.transpose, y.mT.contiguous()).mT.contiguous()
+
+    def normal(self, x: Tensor) -> Tensor:
+        """Return ``A^T A x``, ``(B, pixels)``, without reordering the data in between."""
+        return _multiply(self.transpose, _multiply(self.forward, self._copies(x))).mT.contiguous()
+
+    def _copies(self, x: Tensor) -> Tensor:
+        """Return the copies of the images as columns, ``(axes * pixels, B)``: one pass then serves all rows."""
+        batch, dims = len(x), len(self.sizes)
+        out = x.new_empty(dims, math.prod(self.sizes), batch)
+        images = x.reshape(batch, *self.sizes).movedim(0, -1)
+        for a, copy in enumerate(out):
+            order = images.movedim(a, -2)
+            copy.view(order.shape).copy_(order)
+        return out.reshape(-1, batch)
+
+
+def _multiply(matrix: Tensor, columns: Tensor) -> Tensor:
+    if columns.shape[1] == 1:
+        return (matrix @ columns[:, 0])[:, None]
+    return matrix @ columns
+
+
+def _in_copies(where: Tensor, axis: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Return positions in the copies of :class:`Table` for positions in the image and the axes of their rays."""
+    out = torch.empty_like(where)
+    pixels = math.prod(sizes)
+    for a, length in enumerate(sizes):
+        mine = axis == a
+        inner = math.prod(sizes[a + 1 :])
+        # (before, a, after) becomes (before, after, a)
+        before, rest = where[mine] // (length * inner), where[mine] % (length * inner)
+        out[mine] = a * pixels + (before * inner + rest % inner) * length + rest // inner
+    return out
 
 
 class TableCache:
@@ -93,7 +139,7 @@ class TableHolder:
 def table_bytes(grid: Grid, rays_of: TraceViews, views: int, bins: int, itemsize: int, limit: int) -> int:
     """Return how many bytes a table and its transpose take at most, or some number above ``limit``."""
     corners = 1 << (len(grid.sizes) - 1)
-    total = 4 * (views * bins + math.prod(grid.sizes))
+    total = 8 * (views * bins + math.prod(grid.sizes))
     for start, stop in blocks(views, bins, 1, _ENTRIES):
         low, high = bounds(rays_of(start, stop), grid)
         total += 2 * corners * int((high - low).sum()) * (itemsize + 4)
@@ -109,19 +155,26 @@ def build_table(
     """Compute the weights of all rays; the arithmetic of positions is in double precision."""
     from scipy import sparse
 
-    columns, values, counts = [], [], []
+    columns, copies, values, counts = [], [], [], []
     for start, stop in blocks(views, bins, max(grid.sizes) << (len(grid.sizes) - 1), _ENTRIES):
-        where, weights = entries(rays_of(start, stop), grid, dtype, torch.device("cpu"))
+        rays = rays_of(start, stop)
+        where, weights = entries(rays, grid, dtype, torch.device("cpu"))
         keep = weights != 0
-        columns.append(where[keep].int().numpy())
+        number, found = keep.sum((1, 2)), where[keep]
+        columns.append(found.int().numpy())
+        axis = torch.from_numpy(rays.axis).repeat_interleave(number)
+        copies.append(_in_copies(found, axis, grid.sizes).int().numpy())
         values.append(weights[keep].numpy())
-        counts.append(keep.sum((1, 2)).numpy())
-    rows = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int32)
-    shape = (views * bins, math.prod(grid.sizes))
-    unsorted = sparse.csr_matrix((np.concatenate(values), np.concatenate(columns), rows), shape)
+        counts.append(number.numpy())
+    ends = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int32)
+    weights_, size = np.concatenate(values), math.prod(grid.sizes)
+    plain = sparse.csr_matrix((weights_, np.concatenate(columns), ends), (views * bins, size))
+    transpose = plain.T.tocsr()
+    del plain, columns
+    forward = sparse.csr_matrix((weights_, np.concatenate(copies), ends), (views * bins, len(grid.sizes) * size))
     # Transposing twice sorts the columns of every row, which torch's format asks for.
-    transpose = unsorted.T.tocsr()
-    return Table(_as_csr(transpose.T.tocsr(), device), _as_csr(transpose, device))
+    forward = forward.T.tocsr().T.tocsr()
+    return Table(_as_csr(forward, device), _as_csr(transpose, device), grid.sizes)
 
 
 def _as_csr(matrix: Any, device: torch.device) -> Tensor:
@@ -131,10 +184,3 @@ def _as_csr(matrix: Any, device: torch.device) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         return torch.sparse_csr_tensor(start, columns, values, matrix.shape, check_invariants=False).to(device)
-
-
-def multiply(matrix: Tensor, columns: Tensor) -> Tensor:
-    """Return ``M X`` for ``X`` ``(n, B)``, one pass over the matrix for all columns."""
-    if columns.shape[1] == 1:
-        return (matrix @ columns[:, 0])[:, None]
-    return matrix @ columns
