@@ -60,15 +60,15 @@ class FreeSpace(SpectralOperator):
         self.model = require("model of propagation", model, MODELS)
         self.domain = plane(shape, pixel, dtype)
         self.range = self.domain.replace(shape=(len(self.distances), *shape), dims=("distance", "y", "x"))
+        h = [response(shape, self.wavelength, d, self.pixel, self.model) for d in self.distances]
+        self.responses = torch.stack(h)[None].to(dtype)  # (1, distance, y, x)
         super().__init__()
 
     def _forward(self, x: Tensor) -> Tensor:
-        (h,) = self._derived(_responses)
-        return ifft2(fft2(self._enter(x, self.domain)) * h)
+        return ifft2(fft2(self._enter(x, self.domain)) * self.responses)
 
     def _adjoint(self, y: Tensor) -> Tensor:
-        (h,) = self._derived(_responses)
-        return ifft2((fft2(self._enter(y, self.range)) * h.conj()).sum(1, keepdim=True))
+        return ifft2((fft2(self._enter(y, self.range)) * self.responses.conj()).sum(1, keepdim=True))
 
     def normal(self, x: Tensor) -> Tensor:
         """Return ``F^H (sum_d |H_d|^2) F x``."""
@@ -81,7 +81,7 @@ class FreeSpace(SpectralOperator):
 
     def svd(self) -> SVD:
         """Return the decomposition in frequencies, zero frequency first."""
-        (h,) = self._derived(_responses)
+        h = self.responses
         s = cut_small(h.abs().square().sum(1, keepdim=True).sqrt(), self.domain.size)
         u = over(h, s.to(h.dtype), (s > 0).expand_as(h))
         return SVD(
@@ -150,10 +150,3 @@ def response(shape: Sequence[int], wavelength: float, distance: float, pixel: fl
     turns = turns - turns.floor()  # whole turns lose digits
     h = torch.polar(torch.ones_like(f2), 2 * math.pi * turns)
     return h * (f2 < wavelength**-2) if model == "angular spectrum" else h
-
-
-def _responses(operator: FreeSpace) -> tuple[Tensor]:
-    """Return all responses, ``(1, distance, y, x)``."""
-    shape, model = operator.domain.shape[1:], operator.model
-    h = [response(shape, operator.wavelength, d, operator.pixel, model) for d in operator.distances]
-    return (torch.stack(h)[None].to(operator.domain.dtype),)
