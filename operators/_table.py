@@ -18,7 +18,7 @@ from invdiff.operators._rays import Grid, TraceViews, blocks, bounds, entries
 
 #: Bytes of tables that are kept for the next operator of the same geometry when nobody uses them any more.
 CACHE_BYTES = 2 << 30
-_ENTRIES = 1 << 22
+_ENTRIES = 1 << 21
 
 
 class Table:
@@ -167,14 +167,18 @@ def build_table(
         values.append(weights[keep].numpy())
         counts.append(number.numpy())
     ends = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int32)
-    weights_, size = np.concatenate(values), math.prod(grid.sizes)
-    plain = sparse.csr_matrix((weights_, np.concatenate(columns), ends), (views * bins, size))
-    transpose = plain.T.tocsr()
-    del plain, columns
-    forward = sparse.csr_matrix((weights_, np.concatenate(copies), ends), (views * bins, len(grid.sizes) * size))
-    # Transposing twice sorts the columns of every row, which torch's format asks for.
-    forward = forward.T.tocsr().T.tocsr()
+    size, data = math.prod(grid.sizes), _joined(values)
+    transpose = sparse.csr_matrix((data, _joined(columns), ends), (views * bins, size)).T.tocsr()
+    forward = sparse.csr_matrix((data, _joined(copies), ends), (views * bins, len(grid.sizes) * size))
+    forward.sort_indices()  # which torch's format asks for
     return Table(_as_csr(forward, device), _as_csr(transpose, device), grid.sizes)
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """Return the parts as one array, and let go of them."""
+    out = np.concatenate(parts)
+    parts.clear()
+    return out
 
 
 def _as_csr(matrix: Any, device: torch.device) -> Tensor:
