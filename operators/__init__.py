@@ -105,6 +105,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "JPEG",
     "BeerLambert",
     "Blur",
     "Clip",
@@ -121,7 +122,6 @@ __all__ = [
     "Hadamard",
     "Identity",
     "InlineHologram",
-    "JPEG",
     "Mask",
     "Matrix",
     "MultiCoilMRI",
