@@ -187,6 +187,39 @@ def to_physics(operator: Operator, likelihood: Likelihood | None = None, *, pair
     return OperatorPhysics(A=a, A_adjoint=back, noise_model=noise, img_size=size)
 
 
+def to_unit_interval(problem: Problem, interval: tuple[float, float]) -> tuple[Any, Tensor]:
+    """Return a linear Gaussian problem as a deepinv physics and data for images in [0, 1].
+
+    With ``x = low + (high - low) u`` (both parts of complex ``x``), the data become
+    ``(y - A low) / (high - low) = A u + noise`` at the level ``sigma / (high - low)``.
+    ``to_denoiser(prior, interval=interval)`` fits, and ``low + (high - low) u`` goes back. deepinv's samplers
+    expect such images and mostly clip to them, so the interval should hold every image.
+
+    Raises:
+        InvdiffError: If the operator is not linear, the noise not Gaussian with one level, or the interval empty.
+    """
+    low, high = _interval(interval)
+    operator, noise = problem.operator, problem.likelihood
+    if not isinstance(operator, LinearOperator) or not isinstance(noise, likelihoods.Gaussian):
+        raise InvdiffError(
+            f"Images move to [0, 1] in linear problems with Gaussian noise; this one has {operator.name} and "
+            f"{noise.name}."
+        )
+    floor = torch.full_like(operator.domain.zeros(1, problem.y.device), low)
+    floor = floor * (1 + 1j) if operator.domain.is_complex else floor
+    rows = operator.n_cases or 1
+    y = (problem.y - operator(floor.expand(rows, *floor.shape[1:]))) / (high - low)
+    physics = to_physics(operator, likelihoods.Gaussian(noise.sigma / (high - low)))
+    return physics, to_pairs(y) if operator.range.is_complex else y
+
+
+def _interval(interval: tuple[float, float]) -> tuple[float, float]:
+    low, high = interval
+    if not low < high:
+        raise InvdiffError(f"The interval of image values must be low < high, got {low:g} and {high:g}.")
+    return low, high
+
+
 def from_noise(noise: Any, *, complex_data: bool = False) -> Likelihood:
     """Return a deepinv noise model as a likelihood.
 
@@ -306,7 +339,7 @@ def from_denoiser(
     return Prior(denoiser, codec, about)
 
 
-def to_denoiser(prior: Prior, image: Space | None = None) -> Any:
+def to_denoiser(prior: Prior, image: Space | None = None, *, interval: tuple[float, float] = (0.0, 1.0)) -> Any:
     """Return a prior as a deepinv denoiser of images, ``E[x0 | x0 + sigma eps = x]``.
 
     Complex images are pairs of channels. Levels below the prior's smallest are taken as that; above its largest,
@@ -315,26 +348,30 @@ def to_denoiser(prior: Prior, image: Space | None = None) -> Any:
     Args:
         prior: A prior whose codec maps prior coordinates to images linearly, up to a constant.
         image: Space of the image, for priors that serve any size.
+        interval: Image values that are 0 and 1 there; see `to_unit_interval`. The default changes nothing.
 
     Raises:
-        InvdiffError: If the codec is not linear, or the space is missing.
+        InvdiffError: If the codec is not linear, the space is missing, or the interval is empty.
     """
     import deepinv
 
     codec = _codec(prior, image)
     own, pairs, denoiser = codec.image, codec.image.is_complex, prior.denoiser
+    low, high = _interval(interval)
+    unit = high - low
 
     class PriorDenoiser(deepinv.models.Denoiser):
         """The denoiser of a prior between its codec's two directions."""
 
         def forward(self, x: Tensor, sigma: Tensor | float, **_: Any) -> Tensor:
-            u = codec.encode((from_pairs(x, own.shape) if pairs else x).to(own.dtype))
-            level = torch.as_tensor(sigma, dtype=u.dtype, device=u.device).reshape(-1).expand(len(u))
+            image = low + unit * x
+            u = codec.encode((from_pairs(image, own.shape) if pairs else image).to(own.dtype))
+            level = unit * torch.as_tensor(sigma, dtype=u.dtype, device=u.device).reshape(-1).expand(len(u))
             level = level / codec.gain.to(u)
             known = level.clamp(denoiser.sigma_min, denoiser.sigma_max)
             shrink = (known / level.clamp_min(1e-30)).clamp(max=1).reshape(-1, *[1] * (u.ndim - 1))
             out = codec.decode(denoiser(u * shrink, known))
-            return (to_pairs(out) if pairs else out).to(x.dtype)
+            return (((to_pairs(out) if pairs else out) - low) / unit).to(x.dtype)
 
     return PriorDenoiser()
 

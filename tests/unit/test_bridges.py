@@ -337,6 +337,26 @@ def test_levels_beyond_the_range_of_the_prior():
     assert there(x.float(), 1.0).dtype == F32
 
 
+@pytest.mark.parametrize("dtype", [F64, torch.complex128])
+def test_images_in_the_unit_interval(dtype):
+    space = Space((1, 6, 5), dtype)
+    op, interval = operators.SubsampledFourier(rand(6, 5) < 0.7, space), (-2.0, 6.0)
+    problem = invdiff.Problem.simulate(op, likelihoods.Gaussian(0.4), space.randn(2), seed=0)
+    there, y = bridge.to_unit_interval(problem, interval)
+    assert float(there.noise_model.sigma) == pytest.approx(0.05)
+    x = space.randn(2, 7)
+    u = ((bridge.to_pairs(x) if space.is_complex else x) + 2) / 8
+    residual = problem.residual(x) / 8
+    torch.testing.assert_close(y - there.A(u), bridge.to_pairs(residual))
+    denoised = bridge.to_denoiser(prior_on(space), interval=interval)(u, 0.125)
+    plain = bridge.to_denoiser(prior_on(space))(8 * u - 2, 1.0)
+    torch.testing.assert_close(8 * denoised - 2, plain)
+    with pytest.raises(InvdiffError, match="low < high"):
+        bridge.to_unit_interval(problem, (1.0, 1.0))
+    with pytest.raises(InvdiffError, match="Gaussian noise; this one has"):
+        bridge.to_unit_interval(invdiff.Problem(op, likelihoods.Poisson(), problem.y), interval)
+
+
 @pytest.mark.touches_global_rng
 def test_a_denoiser_of_deepinv_as_prior():
     import deepinv
