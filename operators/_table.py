@@ -61,10 +61,11 @@ class Table:
         """Return the copies of the images as columns, ``(axes * pixels, B)``: one pass then serves all rows."""
         batch, dims = len(x), len(self.sizes)
         out = x.new_empty(dims, math.prod(self.sizes), batch)
-        images = x.reshape(batch, *self.sizes).movedim(0, -1)
-        for a, copy in enumerate(out):
+        out[-1].copy_(x.mT)
+        images = out[-1].view(*self.sizes, batch)
+        for a in range(dims - 1):
             order = images.movedim(a, -2)
-            copy.view(order.shape).copy_(order)
+            out[a].view(order.shape).copy_(order)
         return out.reshape(-1, batch)
 
 
