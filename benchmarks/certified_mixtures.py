@@ -85,8 +85,9 @@ def write() -> None:
         "# The particle reference against exact posteriors\n",
         "Made by `benchmarks/certified_mixtures.py`: `samplers.get('tds', preset='certified')` with 4,000 "
         "particles on mixtures of 25 Gaussians with one datum (the problems of the MCGDiff paper), half of them "
-        "graded. *of exact draws* is the sliced W1 of as many exact draws against as many others: no sampler can be expected "
-        "below it. *mode TV*: total variation between the weights of the modes, and the largest over problems.\n",
+        "graded. *of exact draws* is the sliced W1 of as many exact draws against as many others: no sampler can "
+        "be expected below it. *mode TV*: total variation between the weights of the modes, and the largest over "
+        "problems.\n",
         "| d | problems | " + " | ".join(FIGURES.values()) + " | largest |",
         "|---" * (len(FIGURES) + 3) + "|",
     ]
