@@ -66,6 +66,12 @@ def settings_of(name: str) -> dict[str, str | None]:
     return rows
 
 
+def default_of(name: str, settings: dict[str, str | None]) -> str:
+    """The row that is what ``SAMPLER()`` gives."""
+    cls = samplers.REGISTRY[name]
+    return next(s for s, preset in settings.items() if samplers.get(name, preset=preset) == cls())
+
+
 #: Sampler to setting to preset.
 ROWS = {
     name: settings_of(name) for name, cls in samplers.REGISTRY.items() if cls.conditional and name not in VOLUMES
@@ -363,7 +369,7 @@ def summary(done: dict) -> str:
     rows = []
     for name, settings in [("exact draws", {}), *ROWS.items()]:
         exact = name == "exact draws"
-        key = "exact/-" if exact else f"{name}/{'default' if 'default' in settings else next(iter(settings))}"
+        key = "exact/-" if exact else f"{name}/{default_of(name, settings)}"
         row, mixture = done.get(f"{key}/mask-32"), done.get(f"{key}/mixture-80-1", {})
         published = done.get(f"{name}/published/mask-32", {})
         if row is None:
