@@ -9,6 +9,7 @@ Run with ``OMP_NUM_THREADS=1 python benchmarks/operators_ct.py [rounds]``.
 
 from __future__ import annotations
 
+import importlib
 import math
 import statistics
 import subprocess
@@ -118,10 +119,7 @@ def resident(field: str) -> float:
 
 def peak(name: str, n: int, views: int, batch: int) -> None:
     """Print by how many MB one call each way raises the resident set, everything built on the way included."""
-    if name == "deepinv":
-        import deepinv as _  # its own weight in memory is not counted
-    else:
-        import scipy.sparse as _  # noqa: F401
+    importlib.import_module("deepinv" if name == "deepinv" else "scipy.sparse")  # their own weight is not counted
     before = resident("VmRSS")
     pair = deepinv(n, views, batch) if name == "deepinv" else ours(n, views, batch, name)
     for run in pair:

@@ -10,10 +10,11 @@ threads that torch uses.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,12 +23,27 @@ from torch import Tensor
 
 from invdiff.operators._rays import Grid, Rays, TraceViews, blocks, bounds, others
 
+Array: TypeAlias = np.ndarray
+
 #: Rays whose steps are held at once.
 _RAYS = 1 << 18
 
 
 @njit(nogil=True, cache=True)
-def _forward_2d(x, out, offset, which, low, high, length, p, q, n, step, stride):  # type: ignore[no-untyped-def]
+def _forward_2d(
+    x: Array,
+    out: Array,
+    offset: int,
+    which: Array,
+    low: Array,
+    high: Array,
+    length: Array,
+    p: Array,
+    q: Array,
+    n: int,
+    step: int,
+    stride: int,
+) -> None:
     for i in range(which.size):
         k = which[i]
         p0, q0 = p[k, 0], q[k, 0]
@@ -46,7 +62,22 @@ def _forward_2d(x, out, offset, which, low, high, length, p, q, n, step, stride)
 
 
 @njit(nogil=True, cache=True)
-def _backward_2d(y, out, offset, which, low, high, length, p, q, n, step, stride, first, last):  # type: ignore[no-untyped-def]
+def _backward_2d(
+    y: Array,
+    out: Array,
+    offset: int,
+    which: Array,
+    low: Array,
+    high: Array,
+    length: Array,
+    p: Array,
+    q: Array,
+    n: int,
+    step: int,
+    stride: int,
+    first: int,
+    last: int,
+) -> None:
     for b in range(y.shape[0]):
         for i in range(which.size):
             k = which[i]
@@ -63,7 +94,22 @@ def _backward_2d(y, out, offset, which, low, high, length, p, q, n, step, stride
 
 
 @njit(nogil=True, cache=True)
-def _forward_3d(x, out, offset, which, low, high, length, p, q, n, m, step, stride, pitch):  # type: ignore[no-untyped-def]
+def _forward_3d(
+    x: Array,
+    out: Array,
+    offset: int,
+    which: Array,
+    low: Array,
+    high: Array,
+    length: Array,
+    p: Array,
+    q: Array,
+    n: int,
+    m: int,
+    step: int,
+    stride: int,
+    pitch: int,
+) -> None:
     for i in range(which.size):
         k = which[i]
         p0, q0, p1, q1 = p[k, 0], q[k, 0], p[k, 1], q[k, 1]
@@ -89,7 +135,24 @@ def _forward_3d(x, out, offset, which, low, high, length, p, q, n, m, step, stri
 
 
 @njit(nogil=True, cache=True)
-def _backward_3d(y, out, offset, which, low, high, length, p, q, n, m, step, stride, pitch, first, last):  # type: ignore[no-untyped-def]
+def _backward_3d(
+    y: Array,
+    out: Array,
+    offset: int,
+    which: Array,
+    low: Array,
+    high: Array,
+    length: Array,
+    p: Array,
+    q: Array,
+    n: int,
+    m: int,
+    step: int,
+    stride: int,
+    pitch: int,
+    first: int,
+    last: int,
+) -> None:
     for b in range(y.shape[0]):
         for i in range(which.size):
             k = which[i]
@@ -122,7 +185,7 @@ def project(x: Tensor, grid: Grid, rays_of: TraceViews, views: int, bins: int) -
         for start, rays, part, low, high, geometry in _groups(grid, rays_of, views, bins):
             numbers = (low, high, rays.length, rays.p, rays.q, *geometry)
             pieces = np.array_split(part, threads.count)
-            threads.run(lambda i: kernel(source, out, start * bins, pieces[i], *numbers))  # noqa: B023
+            threads.run(kernel, [(source, out, start * bins, piece, *numbers) for piece in pieces])
     return torch.from_numpy(out)
 
 
@@ -135,7 +198,7 @@ def back_project(y: Tensor, grid: Grid, rays_of: TraceViews, views: int, bins: i
         for start, rays, part, low, high, geometry in _groups(grid, rays_of, views, bins):
             numbers = (start * bins, part, low, high, rays.length, rays.p, rays.q, *geometry)
             slabs = np.linspace(0, int(high.max()), threads.count + 1).astype(np.int64)
-            threads.run(lambda i: kernel(source, out, *numbers, slabs[i], slabs[i + 1]))  # noqa: B023
+            threads.run(kernel, [(source, out, *numbers, *slab) for slab in itertools.pairwise(slabs)])
     return torch.from_numpy(out)
 
 
@@ -169,9 +232,10 @@ class _Threads:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def run(self, work: Callable[[int], None]) -> None:
-        """Do all pieces of a work, and raise what any of them raised."""
+    def run(self, work: Callable[..., None], pieces: list[tuple[Any, ...]]) -> None:
+        """Call ``work`` with every tuple of arguments, and raise what any call raised."""
         if self._pool is None:
-            work(0)
+            for piece in pieces:
+                work(*piece)
         else:
-            list(self._pool.map(work, range(self.count)))
+            list(self._pool.map(lambda piece: work(*piece), pieces))

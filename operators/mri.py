@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from invdiff.errors import InvdiffError
 from invdiff.operator import SVD, apply_linear
+from invdiff.operators._coils import as_coil_maps, as_kspace_mask
 from invdiff.operators._fft import AXES, fft2, ifft2, phases
-from invdiff.operators._parameters import as_mask, as_parameter, require_samples
 from invdiff.operators._readout import ReadoutBlocks
 from invdiff.operators._spectral import CLOSED_FORMS, SpectralOperator
 from invdiff.spaces import Space
@@ -56,13 +55,13 @@ class MultiCoilMRI(SpectralOperator):
         units: str = "1",
         spacing: Mapping[str, float] | None = None,
     ) -> None:
-        self.coil_maps = _as_coil_maps(coil_maps)
+        self.coil_maps = as_coil_maps(coil_maps, ("y", "x"))
         coils, *image = self.coil_maps.shape[1:]
         dtype = self.coil_maps.dtype
         self.domain = Space((1, *image), dtype, units=units, spacing=spacing or {})
         self.range = Space((coils, *image), dtype, ("coil", "ky", "kx"), units)
         # (1 or N, 1, ky, kx), so that it broadcasts over coils
-        self.mask = _as_kspace_mask(mask, (image[0], image[1]), self.domain.real_dtype)
+        self.mask = as_kspace_mask(mask, image, ("ky", "kx"), self.domain.real_dtype)
         super().__init__()
         self._unitary = coils == 1 and bool(((self.coil_maps.abs() - 1).abs() < _UNIT[dtype]).all())
         self._readout = None if self._unitary else self._find_readout()
@@ -166,30 +165,6 @@ _BLOCK = 1 << 20
 
 #: How far a map may be from unit modulus and still count as unitary.
 _UNIT = {torch.complex64: 1e-6, torch.complex128: 1e-14}
-
-
-def _as_coil_maps(value: Any) -> Tensor:
-    maps = as_parameter(value, "The array of coil maps")
-    if maps.ndim not in (3, 4) or 0 in maps.shape:
-        raise InvdiffError(
-            f"The coil maps have shape {tuple(maps.shape)}, expected (coil, y, x) or (cases, coil, y, x)."
-        )
-    if not bool((maps != 0).any()):
-        raise InvdiffError("The coil maps are zero everywhere; estimate them from the calibration region first.")
-    maps = maps if maps.ndim == 4 else maps[None]
-    return maps if maps.is_complex() else maps.to(maps.dtype.to_complex())
-
-
-def _as_kspace_mask(value: Any, image: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    mask = as_mask(value, dtype)
-    if mask.ndim not in (2, 3) or tuple(mask.shape[-2:]) != image:
-        raise InvdiffError(
-            f"The mask has shape {tuple(mask.shape)}, expected {image} as (ky, kx) of the coil maps, "
-            "or (cases, ky, kx)."
-        )
-    mask = (mask if mask.ndim == 3 else mask[None])[:, None]
-    require_samples(mask)
-    return mask
 
 
 def _fused_normal(x: Tensor, maps: Tensor, bare_mask: Tensor, conj_maps: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from invdiff.errors import InvdiffError
 from invdiff.operator import apply_linear
+from invdiff.operators._coils import as_coil_maps, as_kspace_mask
 from invdiff.operators._fft import _phases_1d
-from invdiff.operators._parameters import ParametricOperator, as_mask, as_parameter, require_samples
+from invdiff.operators._parameters import ParametricOperator
 from invdiff.operators._readout import ReadoutBlocks
 from invdiff.spaces import Space
 
@@ -49,26 +50,12 @@ class VolumeMRI(ParametricOperator):
         units: str = "1",
         spacing: Mapping[str, float] | None = None,
     ) -> None:
-        maps = as_parameter(coil_maps, "The array of coil maps")
-        if maps.ndim not in (4, 5) or not bool((maps != 0).any()):
-            raise InvdiffError(
-                f"The coil maps have shape {tuple(maps.shape)}, expected (coil, z, y, x) or (cases, coil, z, y, "
-                "x), and not zero everywhere."
-            )
-        maps = maps if maps.ndim == 5 else maps[None]
-        self.coil_maps = maps if maps.is_complex() else maps.to(maps.dtype.to_complex())
+        self.coil_maps = as_coil_maps(coil_maps, ("z", "y", "x"))
         coils, *image = self.coil_maps.shape[1:]
         dtype = self.coil_maps.dtype
         self.domain = Space((1, *image), dtype, units=units, spacing=spacing or {})
         self.range = Space((coils, *image), dtype, ("coil", "kz", "ky", "kx"), units)
-        masks = as_mask(mask, self.domain.real_dtype)
-        if masks.ndim not in (3, 4) or list(masks.shape[-3:]) != image:
-            raise InvdiffError(
-                f"The mask has shape {tuple(masks.shape)}, expected {tuple(image)} as (kz, ky, kx) of the coil "
-                "maps, or (cases, kz, ky, kx)."
-            )
-        self.mask = (masks if masks.ndim == 4 else masks[None])[:, None]
-        require_samples(self.mask)
+        self.mask = as_kspace_mask(mask, image, ("kz", "ky", "kx"), self.domain.real_dtype)
         super().__init__()
         self._undersampled = self._find_axis()
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from invdiff.errors import InvdiffError
 from invdiff.operator import apply_linear
+from invdiff.operators._coils import as_coil_maps
 from invdiff.operators._parameters import ParametricOperator, as_parameter
 from invdiff.operators.nufft import Nufft, fast_even
 from invdiff.operators.off_resonance import OffResonance
@@ -169,7 +170,7 @@ class NonCartesianMRI(FourierSums):
     ) -> None:
         points = _as_trajectory(trajectory)
         axes = points.shape[-1]
-        self.weights = _as_maps(coil_maps, axes)
+        self.weights = as_coil_maps(coil_maps, _AXES[axes])
         coils, *image = self.weights.shape[1:]
         points = in_cycles(points, image, trajectory_units)
         dtype = self.weights.dtype
@@ -354,20 +355,6 @@ def _as_trajectory(value: Any) -> Tensor:
             "to 3 axes, e.g. (spoke, sample, 2)."
         )
     return points.double().cpu()
-
-
-def _as_maps(value: Any, axes: int) -> Tensor:
-    maps = as_parameter(value, "The array of coil maps")
-    if maps.ndim not in (axes + 1, axes + 2) or 0 in maps.shape:
-        names = ", ".join(_AXES[axes])
-        raise InvdiffError(
-            f"The coil maps have shape {tuple(maps.shape)}, expected (coil, {names}) or (cases, coil, {names}) "
-            f"for a trajectory along {axes} axes."
-        )
-    if not bool((maps != 0).any()):
-        raise InvdiffError("The coil maps are zero everywhere; estimate them from the calibration region first.")
-    maps = maps if maps.ndim == axes + 2 else maps[None]
-    return maps if maps.is_complex() else maps.to(maps.dtype.to_complex())
 
 
 def _as_density(value: Any, samples: tuple[int, ...]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -33,8 +34,9 @@ class _Pointwise(Operator):
             raise InvdiffError(f"{self.name} needs finite limits low < high, got {low!r:.30} and {high!r:.30}.")
         self.low, self.high = float(low), float(high)
 
+    @abstractmethod
     def _slope(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Return the slope at ``x``, shaped as ``x``."""
 
     def vjp(self, x: Tensor, v: Tensor) -> Tensor:
         """Return the slope at ``x`` times ``v``."""

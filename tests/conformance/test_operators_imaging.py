@@ -305,7 +305,7 @@ def test_propagation_adds_up_and_has_its_units() -> None:
     x = one.domain.randn(1)
     torch.testing.assert_close(two(one(x)), both(x), atol=1e-9, rtol=0)
     assert dict(one.range.spacing) == {"y": 2e-6, "x": 2e-6} and one.range.spacing_units == "m"
-    assert bool((IMAGING["free-space-evanescent"](DOUBLE).svd().s == 0).any())  # type: ignore[attr-defined]
+    assert bool((IMAGING["free-space-evanescent"](DOUBLE).svd().s == 0).any())
 
 
 def test_ptychography_against_its_definition() -> None:
@@ -468,7 +468,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "kernel-radius": (lambda: kernels.defocus(-1.0), "positive"),
     "kernel-path": (lambda: kernels.motion(11, length=20), "does not fit a kernel of 11"),
     "kernel-intensity": (lambda: kernels.motion(11, intensity=-1), "at least 0"),
-    "factor-part": (lambda: O.Downsampling(1.5, (1, 6, 6)), "whole number"),  # type: ignore[arg-type]
+    "factor-part": (lambda: O.Downsampling(1.5, (1, 6, 6)), "whole number"),
     "factor-zero": (lambda: O.Downsampling(0, (1, 6, 6)), "whole number"),
     "factor-size": (lambda: O.Downsampling(4, (1, 6, 6)), "does not divide the image size"),
     "factor-kernel": (lambda: O.Downsampling(2, (1, 6, 6), "blur"), "takes a kernel for the kind"),
@@ -509,7 +509,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
         "larger than the image",
     ),
     "windows-grid": (lambda: windows((4, 4), (5, 1)), "at most as many"),
-    "nonlinear-blur": (lambda: O.NonlinearBlur(torch.ones(3, 3)), "takes a linear operator"),  # type: ignore[arg-type]
+    "nonlinear-blur": (lambda: O.NonlinearBlur(torch.ones(3, 3)), "takes a linear operator"),
     "nonlinear-gamma": (lambda: O.NonlinearBlur(O.Identity((1, 4, 4)), 0.5), "at least 1"),
     "nonlinear-offset": (lambda: O.NonlinearBlur(O.Identity((1, 4, 4)), offset=0), "above 0"),
     "clip-limits": (lambda: O.Clip((1, 4, 4), low=1.0), "limits low < high"),

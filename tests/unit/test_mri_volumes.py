@@ -61,7 +61,7 @@ def test_a_volume_fully_sampled_along_kz_is_its_slices():
             "for 3 cases and got 2 rows",
         ),
         (
-            lambda: MRI["volume"](torch.float64).conditional(None, None, None, None, None),  # type: ignore[arg-type]
+            lambda: MRI["volume"](torch.float64).conditional(None, None, None, None, None),
             "no closed-form",
         ),
     ],
