@@ -28,6 +28,7 @@
 ``JPEG``              compression, exact or as a smooth surrogate
 ``FanBeamCT``         line integrals, rays from a point to a flat or curved line
 ``ConeBeamCT``        line integrals of volumes, on a circle or a helix
+``PET``               expected counts of an emitting object, with attenuation
 ``SpaceVaryingBlur``  product-convolution: a kernel for every window
 ``NonlinearBlur``     blur in linear light, seen through a camera's response
 ``SumOf``             data of several unknowns at once, for joint priors
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from invdiff.operators.mri_volume import VolumeMRI
     from invdiff.operators.noncartesian import NonCartesianMRI, RadioInterferometry
     from invdiff.operators.off_resonance import OffResonance
+    from invdiff.operators.pet import PET
     from invdiff.operators.phase import CodedDiffraction, FourierMagnitude
     from invdiff.operators.pointwise import Clip, Quantise
     from invdiff.operators.propagation import FreeSpace, InlineHologram
@@ -90,6 +92,7 @@ _HOMES = {
     "NonCartesianMRI": "invdiff.operators.noncartesian",
     "NonlinearBlur": "invdiff.operators.varying",
     "OffResonance": "invdiff.operators.off_resonance",
+    "PET": "invdiff.operators.pet",
     "ParallelBeamCT": "invdiff.operators.ct",
     "Ptychography": "invdiff.operators.ptychography",
     "Quantise": "invdiff.operators.pointwise",
@@ -106,6 +109,7 @@ _HOMES = {
 
 __all__ = [
     "JPEG",
+    "PET",
     "BeerLambert",
     "Blur",
     "Clip",

@@ -18,6 +18,7 @@ from invdiff.testing import check_operator, dense_matrix
 from tests.conformance.operators_ct import CT
 from tests.conformance.operators_imaging import IMAGING
 from tests.conformance.operators_mri import MRI
+from tests.conformance.operators_pet_ultrasound import PET_ULTRASOUND
 
 REAL = [torch.float32, torch.float64]
 SHAPE = (1, 5, 6)
@@ -173,6 +174,7 @@ FACTORIES: dict[str, Callable[[torch.dtype], Operator]] = {
     **IMAGING,
     **MRI,
     **CT,
+    **PET_ULTRASOUND,
 }
 
 
