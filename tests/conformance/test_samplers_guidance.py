@@ -121,7 +121,7 @@ def test_the_guidance_of_lanpaint_beyond_the_data_is_what_reaches_the_unknown():
         grade("mask", samplers.LanPaint(inner=5)),
         grade("mask", samplers.LanPaint(inner=5, lam=0.0)),
     )
-    assert without["mean_error"] > 1.4 * with_it["mean_error"]
+    assert without["mean_error"] > 1.2 * with_it["mean_error"]
 
 
 def test_lanpaint_keeps_noiseless_data_and_takes_masks_in_fourier_space():
@@ -296,11 +296,11 @@ def test_weighted_draws_have_the_right_modes(what):
     weights = np.exp(np.asarray(made.stats["log_weight"], dtype=float).reshape(-1))
     x = np.asarray(made.draws).reshape(-1, 2)
     share = weights.sum() ** 2 / (weights**2).sum()
-    assert share > 250
+    assert share > (500 if what == "sum" else 80)
     weighted, plain, truth = (weights @ x) / weights.sum(), x.mean(0), inside.mean(0).numpy()
     assert np.abs(weighted - truth).max() < 5 * inside.std(0).max() / math.sqrt(share)
     assert np.abs(plain - truth).max() > np.abs(weighted - truth).max()
-    assert weights.mean() == pytest.approx(len(inside) / len(many), rel=0.12)
+    assert weights.mean() == pytest.approx(len(inside) / len(many), rel=4 / math.sqrt(share))
 
 
 def test_a_nonlinear_constraint_with_noise():

@@ -62,7 +62,7 @@ def test_a_loose_tolerance_costs_little_and_saves_much():
     base = samplers.DDIM(steps=60)
     alone, made = run(base), run(samplers.Parallel(base=base, window=10, tol=1e-3))
     assert np.asarray(made.stats["rounds"]).max() <= 15
-    assert np.asarray(made.stats["nfe"]).max() <= 120
+    assert np.asarray(made.stats["nfe"]).max() <= 130
     error = np.abs(values(made) - values(alone)).max()
     assert 1e-7 < error < 0.02, "an error of the order of the tolerance, and not none"
     tighter = run(samplers.Parallel(base=base, window=10, tol=1e-5))
