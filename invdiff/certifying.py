@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 FEW_DATA = 16
 #: Level of all drift tests of a chain together.
 LEVEL = 0.01
+#: Correlation with a start that was off up to which a chain has forgotten it.
+FORGOTTEN = 0.1
 
 
 @dataclass(frozen=True)
@@ -166,15 +168,23 @@ def judge(reference: Posterior, case: int = 0) -> Verdict:
     if "trail" in stats:
         late, bound = _drift(np.asarray(stats["trail"])[:, 1:])
         early, _ = _drift(np.asarray(stats["trail"])[:, [0, 2]])
-        figures |= {"drift": late, "drift_from_start": early, "drift_bound": bound}
+        kept, margin = _memory(np.asarray(stats["trail"])[:, [0, 2], 2:])
+        figures |= {"drift": late, "drift_from_start": early, "drift_bound": bound, "memory": kept}
         if late > bound:
             against.append(
                 f"the chain still drifts in its second half (largest z {late:.1f}, bound {bound:.1f}); "
                 "ask for more sweeps."
             )
+        elif early > bound and kept + 2 * margin > FORGOTTEN:
+            # what is left of a bias decays as the correlation does, and drift too slow to be seen is no proof
+            against.append(
+                f"the start was off (largest z {early:.1f}) and the draws still remember it (correlation "
+                f"{kept:.2f} +- {2 * margin:.2f}, {FORGOTTEN:g} or less is asked); ask for more sweeps or draws."
+            )
         elif early > bound:
             remarks.append(
-                f"the start was off (largest z {early:.1f}) and the chain has left it; it drifts no more."
+                f"the start was off (largest z {early:.1f}) and the chain has forgotten it (correlation "
+                f"{kept:.2f}); it drifts no more."
             )
     if not figures:
         against.append("these draws carry no diagnostic of convergence.")
@@ -198,6 +208,18 @@ def _drift(pair: np.ndarray) -> tuple[float, float]:
     spread = change.std(0, ddof=1) / math.sqrt(n)
     z = np.abs(change.mean(0)) / np.where(spread > 0, spread, np.inf)
     return float(z.max()), float(stats.t.ppf(1 - LEVEL / (2 * z.size), n - 1))
+
+
+def _memory(pair: np.ndarray) -> tuple[float, float]:
+    """Mean correlation over draws between projections at the start and at the end, and its standard error.
+
+    Args:
+        pair: ``(draws, 2, projections)``.
+    """
+    centred = pair - pair.mean(0)
+    products = (centred[:, 0] * centred[:, 1]).mean(0)
+    correlation = products / np.maximum(centred[:, 0].std(0) * centred[:, 1].std(0), 1e-300)
+    return float(correlation.mean()), 1 / math.sqrt(pair[:, 0].size)
 
 
 def _figures(problem: Problem, made: Posterior, reference: Posterior) -> dict[str, float]:
