@@ -19,7 +19,9 @@ from invdiff.tensors import take_rows
 class BeerLambert(Operator):
     """``z -> I0 exp(-z)``: expected counts behind an object with line integrals ``z``.
 
-    ``(B, *shape)`` to the same shape, element by element. Composed with a ray transform it is the model of X-ray
+    ``(B, *shape)`` to the same shape, element by element. Below ``tangent_below`` the tangent goes on in place of
+    the exponential: no object has line integrals far below 0, but iterates of samplers do, and there exponential
+    counts overflow and steps diverge. Composed with a ray transform it is the model of X-ray
     counts: ``BeerLambert(A.range, I0) @ A`` with ``likelihoods.Poisson(background=b)``.
 
     Args:
@@ -27,6 +29,7 @@ class BeerLambert(Operator):
         intensity: Expected counts without an object: a number, an array that broadcasts over one element of the
             space, or one with a further leading axis of 1 or N cases.
         dtype: Precision; that of the Space, or float32.
+        tangent_below: Line integral below which the law is extended by its tangent; ``-inf`` never does.
 
     Raises:
         InvdiffError: If the intensity is not positive everywhere or does not fit the space, or the space is
@@ -35,7 +38,14 @@ class BeerLambert(Operator):
 
     provides: ClassVar[frozenset[str]] = frozenset({"vjp"})
 
-    def __init__(self, shape: Space | Sequence[int], intensity: Any, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        shape: Space | Sequence[int],
+        intensity: Any,
+        *,
+        dtype: torch.dtype | None = None,
+        tangent_below: float = -1.0,
+    ) -> None:
         self.domain = as_space(shape, dtype)
         if self.domain.is_complex:
             raise InvdiffError(f"Line integrals are real, and the space is {self.domain}; give a real dtype.")
@@ -52,6 +62,9 @@ class BeerLambert(Operator):
                 "one more leading axis of cases."
             )
         self.intensity = values.to(self.domain.dtype)
+        if not tangent_below <= 0:
+            raise InvdiffError(f"tangent_below must be at most 0, got {tangent_below}.")
+        self.tangent_below = float(tangent_below)
 
     @property
     def n_cases(self) -> int | None:
@@ -65,12 +78,17 @@ class BeerLambert(Operator):
         return new
 
     def _forward(self, x: Tensor) -> Tensor:
-        return self.intensity * torch.exp(-x.to(self.domain.dtype))
+        x = x.to(self.domain.dtype)
+        inside = x.clamp_min(self.tangent_below)
+        return self.intensity * torch.exp(-inside) * (1 + (inside - x))
+
+    def _slope(self, x: Tensor) -> Tensor:
+        return -self.intensity * torch.exp(-x.to(self.domain.dtype).clamp_min(self.tangent_below))
 
     def vjp(self, x: Tensor, v: Tensor) -> Tensor:
-        """Return ``-I0 exp(-x) v``."""
-        return -self(x) * v
+        """Return ``-I0 exp(-x) v``, with the slope of the tangent below ``tangent_below``."""
+        return self._slope(x) * v
 
     def jvp(self, x: Tensor, dx: Tensor) -> Tensor:
-        """Return ``-I0 exp(-x) dx``."""
-        return -self(x) * dx
+        """Return ``-I0 exp(-x) dx``, with the slope of the tangent below ``tangent_below``."""
+        return self._slope(x) * dx
