@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -68,9 +70,12 @@ def kalman_increment(
 def _weights(z: Tensor, e: Tensor, a: float) -> Tensor:
     """Return ``e (Z^T Z + a)^-1 Z^T``, ``(rows, members)``, solved in the smaller of data and ensemble space."""
     n, m = z.shape
-    if m <= n:
-        return torch.linalg.solve(z.T @ z + a * torch.eye(m, dtype=z.dtype, device=z.device), e.T).T @ z.T
-    return torch.linalg.solve(z @ z.T + a * torch.eye(n, dtype=z.dtype, device=z.device), z @ e.T).T
+    small = z.T @ z if m <= n else z @ z.T
+    right = e.T if m <= n else z @ e.T
+    found, failed = torch.linalg.solve_ex(small + a * torch.eye(len(small), dtype=z.dtype, device=z.device), right)
+    if int(failed):  # members that ran away; what becomes of the rows is flagged as any other divergence
+        found = torch.full_like(found, math.nan)
+    return found.T @ z.T if m <= n else found.T
 
 
 def _real(v: Tensor) -> Tensor:
