@@ -29,6 +29,7 @@
 ``FanBeamCT``         line integrals, rays from a point to a flat or curved line
 ``ConeBeamCT``        line integrals of volumes, on a circle or a helix
 ``PET``               expected counts of an emitting object, with attenuation
+``PlaneWaveUltrasound``  echoes of plane waves on a linear array; ``envelope`` shows images of them
 ``SpaceVaryingBlur``  product-convolution: a kernel for every window
 ``NonlinearBlur``     blur in linear light, seen through a camera's response
 ``SumOf``             data of several unknowns at once, for joint priors
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from invdiff.operators.ptychography import FourierPtychography, Ptychography, circular_pupil
     from invdiff.operators.sensing import Hadamard, RandomSensing
     from invdiff.operators.superresolution import Downsampling
+    from invdiff.operators.ultrasound import PlaneWaveUltrasound, envelope
     from invdiff.operators.varying import NonlinearBlur, SpaceVaryingBlur
 
 _HOMES = {
@@ -94,6 +96,7 @@ _HOMES = {
     "OffResonance": "invdiff.operators.off_resonance",
     "PET": "invdiff.operators.pet",
     "ParallelBeamCT": "invdiff.operators.ct",
+    "PlaneWaveUltrasound": "invdiff.operators.ultrasound",
     "Ptychography": "invdiff.operators.ptychography",
     "Quantise": "invdiff.operators.pointwise",
     "RadioInterferometry": "invdiff.operators.noncartesian",
@@ -104,6 +107,7 @@ _HOMES = {
     "VolumeMRI": "invdiff.operators.mri_volume",
     "circular_pupil": "invdiff.operators.ptychography",
     "compose": "invdiff.operator",
+    "envelope": "invdiff.operators.ultrasound",
     "stack": "invdiff.operator",
 }
 
@@ -133,6 +137,7 @@ __all__ = [
     "NonlinearBlur",
     "OffResonance",
     "ParallelBeamCT",
+    "PlaneWaveUltrasound",
     "Ptychography",
     "Quantise",
     "RadioInterferometry",
@@ -143,6 +148,7 @@ __all__ = [
     "VolumeMRI",
     "circular_pupil",
     "compose",
+    "envelope",
     "stack",
 ]
 
