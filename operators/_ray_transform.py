@@ -8,7 +8,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,9 +18,12 @@ from invdiff.errors import InvdiffError
 from invdiff.operator import apply_linear
 from invdiff.operators import _rays
 from invdiff.operators._parameters import ParametricOperator, as_space
-from invdiff.operators._rays import Grid, Rays
-from invdiff.operators._table import Table, TableHolder, build_table, table_bytes
+from invdiff.operators._rays import Cameras, Grid, Rays
+from invdiff.operators._table import CACHE_BYTES, Table, TableHolder, build_table, table_bytes
 from invdiff.spaces import Space
+
+if TYPE_CHECKING:
+    from invdiff.operators._triton_rays import DeviceRays
 
 METHODS = ("auto", "table", "matrix-free", "reference")
 #: Largest size of a table and its transpose that ``method="auto"`` builds.
@@ -30,7 +33,8 @@ MAX_TABLE_BYTES = 1 << 30
 class RayTransform(ParametricOperator):
     """Line integrals over the trailing axes of an image; further axes in front are transformed one by one.
 
-    Subclasses set ``angles`` and what else they need, implement ``_trace``, and call ``_finish`` last.
+    Subclasses set ``angles`` and what else they need, implement ``_trace`` and ``_cameras``, and call ``_finish``
+    last.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"linear", "vjp", "normal"})
@@ -41,6 +45,10 @@ class RayTransform(ParametricOperator):
     @abstractmethod
     def _trace(self, start: int, stop: int) -> Rays:
         """Return the rays of the views from ``start`` to ``stop``, in the order of the data."""
+
+    @abstractmethod
+    def _cameras(self, start: int, stop: int) -> Cameras:
+        """Return where points fall on the detector in the same views."""
 
     @abstractmethod
     def _geometry(self) -> Mapping[str, Any]:
@@ -116,15 +124,23 @@ class RayTransform(ParametricOperator):
     def _apply(self, rows: Tensor, transposed: bool) -> Tensor:
         if not len(rows):
             return rows.new_zeros(0, math.prod(self.grid.sizes) if transposed else len(self.angles) * self.bins)
-        if self.method == "table":
-            table = self._table()
-            return table.back_project(rows) if transposed else table.project(rows)
+        how = self._implementation(rows.device)
+        if how in ("table", "triton"):
+            rays = self._table() if how == "table" else self._device_rays(rows.device)
+            return rays.back_project(rows) if transposed else rays.project(rows)
         views = (self.grid, self._trace, len(self.angles), self.bins)
-        if self.method == "matrix-free" and not rows.is_cuda and importlib.util.find_spec("numba"):
+        if how == "numba":
             from invdiff.operators import _joseph
 
             return (_joseph.back_project if transposed else _joseph.project)(rows, *views)
         return (_rays.back_project if transposed else _rays.project)(rows, *views)
+
+    def _implementation(self, device: torch.device) -> str:
+        """Return what computes on a device: "table", "numba", "triton" or "reference"."""
+        if self.method != "matrix-free":
+            return self.method
+        package = {"cpu": "numba", "cuda": "triton"}.get(device.type)
+        return package if package and importlib.util.find_spec(package) else "reference"
 
     def _table(self) -> Table:
         """Return the weights, from this operator, another one of the same geometry, or computed now."""
@@ -132,6 +148,18 @@ class RayTransform(ParametricOperator):
         key = (self.geometry_digest, str(dtype), str(device))
         views = (self.grid, self._trace, len(self.angles), self.bins)
         return self._holder.get(key, lambda: build_table(*views, dtype, device))
+
+    def _device_rays(self, device: torch.device) -> DeviceRays:
+        """Return the rays on a device, kept from call to call unless they are too many."""
+        from invdiff.operators._triton_rays import DeviceRays, ray_bytes, trace_parts
+
+        views = len(self.angles)
+        size = views * self.bins
+        parts = trace_parts(self.grid, self._trace, self._cameras, views, self.bins, device)
+        if size * ray_bytes(len(self.grid.sizes)) > CACHE_BYTES:
+            return DeviceRays(self.grid, size, parts)
+        key = (self.geometry_digest, "rays", str(device))
+        return self._holder.get(key, lambda: DeviceRays(self.grid, size, list(parts)))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
         """Return a copy on another device or in another precision; the geometry stays in double precision."""

@@ -69,6 +69,39 @@ class Rays:
         return len(self.axis)
 
 
+@dataclass(frozen=True)
+class Cameras:
+    """Where a point falls on the detector, in each of ``V`` views.
+
+    A row ``c`` of coefficients stands for ``c(i) = c[0] i[0] + ... + c[d - 1] i[d - 1] + c[d]``; ``i`` is the
+    index of the point, with a fraction. The point falls on the detector ``centre[1] + across(i) / depth(i)``, or
+    ``centre[1] + per_radian atan(across(i) / depth(i))`` on an arc, of the row ``centre[0] + rise(i) / depth(i)``.
+    Where the depth is not positive, nothing is said.
+
+    Args:
+        across: Coefficients ``(V, d + 1)``, as all that follow.
+        depth: Distance from the source along the central ray, or 1 for parallel rays.
+        rise: Of a panel; None for a single row.
+        columns: Detectors per row.
+        centre: Row and column that the central ray falls on.
+        per_radian: Detectors per radian on an arc, 0 on a line or a panel.
+    """
+
+    across: np.ndarray
+    depth: np.ndarray
+    rise: np.ndarray | None
+    columns: int
+    centre: tuple[float, float]
+    per_radian: float = 0.0
+
+
+def affine(grid: Grid, slopes: list[np.ndarray | float], constant: np.ndarray | float) -> np.ndarray:
+    """Return the coefficients of ``sum_a slopes[a] X_a + constant`` for coordinates ``X``, ``(V, d + 1)``."""
+    columns = [np.asarray(slope, dtype=float) * h for slope, h in zip(slopes, grid.spacing)]
+    offset = sum(column * (n - 1) / 2 for column, n in zip(columns, grid.sizes))
+    return np.stack(np.broadcast_arrays(*columns, constant - offset), -1)
+
+
 #: Gives the rays of the views from ``start`` to ``stop``, in the order of the data.
 TraceViews = Callable[[int, int], Rays]
 

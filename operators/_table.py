@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -88,18 +88,29 @@ def _in_copies(where: Tensor, axis: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return out
 
 
+class Sized(Protocol):
+    """What takes a known number of bytes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+
+
+_T = TypeVar("_T", bound=Sized)
+
+
 class TableCache:
     """Tables by content: shared while in use, and the latest kept up to a number of bytes afterwards."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._used: weakref.WeakValueDictionary[tuple[str, ...], Table] = weakref.WeakValueDictionary()
-        self._kept: OrderedDict[tuple[str, ...], Table] = OrderedDict()
+        self._used: weakref.WeakValueDictionary[tuple[str, ...], Any] = weakref.WeakValueDictionary()
+        self._kept: OrderedDict[tuple[str, ...], Sized] = OrderedDict()
 
-    def get(self, key: tuple[str, ...], build: Callable[[], Table]) -> Table:
+    def get(self, key: tuple[str, ...], build: Callable[[], _T]) -> _T:
         """Return the table of a key, built where it is not known."""
         with self._lock:
-            table = self._used.get(key)
+            table: _T | None = self._used.get(key)
             if table is None:
                 table = self._used[key] = build()
             self._kept[key] = table
@@ -125,16 +136,18 @@ class TableHolder:
     """
 
     def __init__(self) -> None:
-        self._table: Table | None = None
+        self._key: tuple[str, ...] = ()
+        self._table: Any = None
 
     def __reduce__(self) -> tuple[type[TableHolder], tuple[()]]:
         return TableHolder, ()
 
-    def get(self, key: tuple[str, ...], build: Callable[[], Table]) -> Table:
+    def get(self, key: tuple[str, ...], build: Callable[[], _T]) -> _T:
         """Return the table, from here, from another operator of the same key, or built now."""
-        if self._table is None:
-            self._table = TABLES.get(key, build)
-        return self._table
+        if self._table is None or self._key != key:
+            self._key, self._table = key, TABLES.get(key, build)
+        table: _T = self._table
+        return table
 
 
 def table_bytes(grid: Grid, rays_of: TraceViews, views: int, bins: int, itemsize: int, limit: int) -> int:

@@ -20,7 +20,7 @@ from invdiff.operators._ray_transform import (
     as_length,
     warn_if_truncated,
 )
-from invdiff.operators._rays import Rays, trace
+from invdiff.operators._rays import Cameras, Rays, affine, trace
 from invdiff.spaces import Space
 
 
@@ -38,7 +38,8 @@ class ParallelBeamCT(RayTransform):
 
     * ``"table"``: all weights as a sparse matrix and its transpose, built on first use and shared between
       operators of the same geometry; the rows of a batch are its right-hand sides. The fastest.
-    * ``"matrix-free"``: compiled loops that compute weights on the fly (numba, on the CPU; elsewhere as below).
+    * ``"matrix-free"``: compiled loops that compute weights on the fly (numba on the CPU, Triton on CUDA; where
+      they are missing, as below).
     * ``"reference"``: plain torch, in blocks of views.
     * ``"auto"``: a table where it takes at most ``max_table_bytes``, else matrix-free.
 
@@ -104,6 +105,12 @@ class ParallelBeamCT(RayTransform):
         points = np.stack([s * np.sin(t), s * np.cos(t)], -1)
         along = np.broadcast_to(np.stack([np.cos(t), -np.sin(t)], -1), points.shape)
         return trace(self.grid, points.reshape(-1, 2), along.reshape(-1, 2))
+
+    def _cameras(self, start: int, stop: int) -> Cameras:
+        t, ds = self.angles[start:stop], self.detector_spacing
+        across = affine(self.grid, [np.sin(t) / ds, np.cos(t) / ds], 0.0)
+        depth = affine(self.grid, [0 * t, 0 * t], 1.0)
+        return Cameras(across, depth, None, self.bins, (0.0, self.centre))
 
     def fbp(self, y: Tensor, filter: str = "ram-lak") -> Tensor:
         """Reconstruct by filtered back-projection, ``(B, *range) -> (B, *domain)``.

@@ -22,7 +22,7 @@ from invdiff.operators._ray_transform import (
     as_length,
     warn_if_truncated,
 )
-from invdiff.operators._rays import Rays, trace
+from invdiff.operators._rays import Cameras, Rays, affine, trace
 from invdiff.spaces import Space
 
 #: Voxels that back-projection handles at once.
@@ -144,6 +144,18 @@ class ConeBeamCT(RayTransform):
             self.heights[start:stop, None, None], -self.source_distance * c, self.source_distance * si
         )
         return trace(self.grid, points, vectors(v, whole * c + s * si, s * c - whole * si))
+
+    def _cameras(self, start: int, stop: int) -> Cameras:
+        t, heights = self.angles[start:stop], self.heights[start:stop]
+        c, s = np.cos(t), np.sin(t)
+        up, m = ((self.source_distance + self.detector_distance) / h for h in self.detector_spacing)
+        return Cameras(
+            affine(self.grid, [0.0, m * s, m * c], 0.0),
+            affine(self.grid, [0.0, c, -s], self.source_distance),
+            affine(self.grid, [up, 0.0, 0 * c], -up * heights),
+            self.range.shape[-1],
+            self.centre,
+        )
 
     def fbp(self, y: Tensor, filter: str = "ram-lak") -> Tensor:
         """Reconstruct by the method of Feldkamp, Davis and Kress, ``(B, *range) -> (B, *domain)``.

@@ -21,7 +21,7 @@ from invdiff.operators._ray_transform import (
     as_length,
     warn_if_truncated,
 )
-from invdiff.operators._rays import Rays, trace
+from invdiff.operators._rays import Cameras, Rays, affine, trace
 from invdiff.spaces import Space
 
 
@@ -117,6 +117,18 @@ class FanBeamCT(RayTransform):
         along = np.stack([np.cos(t - g), -np.sin(t - g)], -1)
         source = -self.source_distance * np.stack([np.cos(t), -np.sin(t)], -1)
         return trace(self.grid, np.broadcast_to(source, along.shape).reshape(-1, 2), along.reshape(-1, 2))
+
+    def _cameras(self, start: int, stop: int) -> Cameras:
+        t = self.angles[start:stop]
+        c, s = np.cos(t), np.sin(t)
+        scale = (self.source_distance + self.detector_distance) / self.detector_spacing
+        per_radian, m = (scale, 1.0) if self.curved else (0.0, scale)
+        depth = affine(self.grid, [c, -s], self.source_distance)
+        if abs(self.fan).max() >= math.pi / 2:
+            depth = 0 * depth  # rays run backwards through the image too, where no projection finds them
+        return Cameras(
+            affine(self.grid, [m * s, m * c], 0.0), depth, None, self.bins, (0.0, self.centre), per_radian
+        )
 
     def fbp(self, y: Tensor, filter: str = "ram-lak") -> Tensor:
         """Reconstruct by weighted filtered back-projection, ``(B, *range) -> (B, *domain)``.
