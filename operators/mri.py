@@ -1,4 +1,9 @@
-"""Cartesian parallel MRI: coil maps, centred FFT, k-space mask."""
+"""Cartesian parallel MRI: coil maps, centred FFT, k-space mask.
+
+On a GPU ``normal`` moves the data of all coils 14 times through memory, in reads and writes: 1 for ``S_c x``, 4
+for each FFT, 2 for the mask, 2 for ``conj(S_c)`` and 1 for the sum. A kernel of our own could fuse the last two
+and save 2 of the 14, because cuFFT is closed to what comes before and after it; that is not worth one.
+"""
 
 from __future__ import annotations
 
@@ -91,11 +96,11 @@ class MultiCoilMRI(SpectralOperator):
     def _forward(self, x: Tensor) -> Tensor:
         before, weights, _, _ = self._derived(_factors)
         x = self._enter(x, self.domain) * before
-        return fft2(x * self.coil_maps, norm="ortho").mul_(weights)
+        return fft2(x * self.coil_maps).mul_(weights)
 
     def _adjoint(self, y: Tensor) -> Tensor:
         before, weights, _, conj_maps = self._derived(_factors)
-        k = ifft2(self._enter(y, self.range) * weights.conj(), norm="ortho")
+        k = ifft2(self._enter(y, self.range) * weights.conj(), norm="forward")
         return k.mul_(conj_maps).sum(1, keepdim=True).mul_(before.conj())
 
     def normal(self, x: Tensor) -> Tensor:
@@ -104,7 +109,6 @@ class MultiCoilMRI(SpectralOperator):
         return apply_linear(x, self._normal, self._normal)
 
     def _normal(self, x: Tensor) -> Tensor:
-        # The default scaling (1 and 1/N) costs one pass less than the orthonormal one, with the same product.
         x = self._enter(x, self.domain)
         _, _, bare, conj_maps = self._derived(_factors)
         parameters = (self.coil_maps, bare, conj_maps)
@@ -169,15 +173,23 @@ _UNIT = {torch.complex64: 1e-6, torch.complex128: 1e-14}
 
 def _fused_normal(x: Tensor, maps: Tensor, bare_mask: Tensor, conj_maps: Tensor) -> Tensor:
     k = fft2(x * maps).mul_(bare_mask)
-    return ifft2(k).mul_(conj_maps).sum(1, keepdim=True)
+    return ifft2(k, norm="forward").mul_(conj_maps).sum(1, keepdim=True)
 
 
 def _factors(operator: MultiCoilMRI) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return input phase, mask times output phase, mask in the order of a bare FFT, conjugate maps."""
+    """Return input phase, mask times output phase, mask in the order of a bare FFT, conjugate maps.
+
+    The masks carry the scaling of the FFTs that follow or precede them, which would be a pass of its own on a GPU.
+    """
     ny, nx = operator.domain.shape[1:]
     before, after = phases((ny, nx), operator.domain.dtype, operator.mask.device)
-    bare = torch.fft.ifftshift(operator.mask, AXES)
-    return before[None, None], operator.mask * after, bare, operator.coil_maps.conj().resolve_conj()
+    bare = torch.fft.ifftshift(operator.mask, AXES) / (ny * nx)
+    return (
+        before[None, None],
+        operator.mask * (after / (ny * nx) ** 0.5),
+        bare,
+        operator.coil_maps.conj().resolve_conj(),
+    )
 
 
 def _output_phase(operator: MultiCoilMRI) -> tuple[Tensor]:
