@@ -1,4 +1,4 @@
-"""Positron emission tomography beside its operator: the noise of a scan, and maximum likelihood.
+"""Positron emission tomography beside its operator: the noise of a scan, and images of maximum likelihood.
 
 The mean of the counts is ``A x + scatter + randoms`` with `invdiff.operators.PET` for ``A``, and the counts are
 Poisson. All images and sinograms are batches ``(N, ...)``.
@@ -6,6 +6,7 @@ Poisson. All images and sinograms are batches ``(N, ...)``.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,14 +64,7 @@ def mlem(problem: Problem, iterations: int = 50, start: Tensor | None = None) ->
 
     Reference: Shepp and Vardi, Maximum likelihood reconstruction for emission tomography, IEEE TMI 1(2), 1982.
     """
-    from invdiff.likelihoods import Poisson
-
-    a, law, y = problem.operator, problem.likelihood, problem.y
-    if not isinstance(law, Poisson) or not isinstance(a, LinearOperator) or a.domain.is_complex or y.is_complex():
-        raise InvdiffError(
-            f"MLEM is for Poisson counts of a real linear operator, and the problem has {law.name} noise behind "
-            f"{a.name}."
-        )
+    (a, law), y = _counting(problem, "MLEM"), problem.y
     if iterations < 1 or bool((y < 0).any()):
         raise InvdiffError(f"MLEM needs at least 1 iteration and no negative data, got {iterations}, {y.min():g}.")
     y = y.to(a.domain.dtype)
@@ -89,6 +83,45 @@ def mlem(problem: Problem, iterations: int = 50, start: Tensor | None = None) ->
         ratio = y / (a(x) + background).clamp_min(tiny)
         x = x * inverse * a.adjoint(weights * ratio)
     return x
+
+
+def gaussian(problem: Problem, image: Tensor) -> Problem:
+    """Return the problem with the Gaussian noise of the counts that an image expects.
+
+    ``y - r = A x + sigma eps`` with ``sigma^2 = A image + r``, the noise of at least one count. With tens of
+    counts per bin it takes the place of Poisson noise, and every sampler for linear Gaussian problems serves.
+    Weights from an image, e.g. of `mlem`, are free of the bias of those from the counts themselves.
+
+    Args:
+        problem: A real linear operator behind Poisson noise.
+        image: ``(1 or N, *domain)``.
+
+    Raises:
+        InvdiffError: If the noise is no Poisson noise, or the operator is not linear and real.
+    """
+    from invdiff.likelihoods import Gaussian
+
+    a, law = _counting(problem, "The Gaussian approximation")
+    a.domain.check(image, "The image of the Gaussian approximation")
+    y = problem.y.to(a.domain.dtype)
+    gain, background = law.gain.to(y), law.background.to(y)
+    expected = a(image.to(y).expand(len(y), *a.domain.shape)) + background
+    data = y - background if a.support is None else (y - background) * a.support.to(y)
+    return replace(problem, likelihood=Gaussian((gain * torch.maximum(expected, gain)).sqrt()), y=data)
+
+
+def _counting(problem: Problem, what: str) -> tuple[LinearOperator, Poisson]:
+    """Return the operator and the noise of a problem of counts, refusing others."""
+    from invdiff.likelihoods import Poisson
+
+    a, law = problem.operator, problem.likelihood
+    real = not (a.domain.is_complex or a.range.is_complex)
+    if isinstance(law, Poisson) and isinstance(a, LinearOperator) and "linear" in a.capabilities and real:
+        return a, law
+    raise InvdiffError(
+        f"{what} is for Poisson counts of a real linear operator, and the problem has {law.name} noise behind "
+        f"{a.name}."
+    )
 
 
 def _start(a: LinearOperator, y: Tensor, background: Tensor, seen: Tensor) -> Tensor:

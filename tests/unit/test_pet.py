@@ -10,7 +10,7 @@ import torch
 from scipy import ndimage
 
 import invdiff
-from invdiff import likelihoods, operators, pet, priors
+from invdiff import likelihoods, operators, pet, priors, reference
 from invdiff.errors import InvdiffError
 from invdiff.spaces import Space
 from invdiff.testing import dense_matrix
@@ -166,7 +166,10 @@ def test_mlem_finds_the_activity_and_units_of_the_data_do_not_matter():
 
 
 def test_posterior_of_counts_against_the_laplace_approximation():
-    """At hundreds of counts per bin the posterior is Gaussian around its mode; draws have its mean and width."""
+    """By DAPS, and exactly with Gaussian noise of the counts expected by an image.
+
+    At hundreds of counts per bin the posterior is Gaussian around its mode; draws have its mean and width.
+    """
     space = Space((1, 6, 6), torch.float64)
     op = operators.PET(space, HALF_TURN[::3], sensitivity=4.0, attenuation_map=torch.full((6, 6), 0.05))
     centres = torch.stack(torch.meshgrid(*[torch.arange(6.0).double()] * 2, indexing="ij"), -1).reshape(36, 2)
@@ -184,11 +187,31 @@ def test_posterior_of_counts_against_the_laplace_approximation():
         x = x + torch.linalg.solve(hessian, a.mT @ (y / rate - 1) - precision @ (x - 20.0))
     std = torch.linalg.inv(hessian).diagonal().sqrt()
 
+    near = reference.posterior(pet.gaussian(problem, pet.mlem(problem, 20)), prior)
+    assert float(((near.mean()[0].flatten() - x) / std).square().mean().sqrt()) < 0.1
+    assert float((near.std()[0].flatten() / std).mean()) == pytest.approx(1, abs=0.02)
+
     posterior = invdiff.sample(problem, prior, "daps", draws=48, seed=0)
     mean, width = (torch.from_numpy(v.values).flatten() for v in (posterior.mean(), posterior.std()))
     assert float(((mean - x) / std).square().mean().sqrt()) < 0.25  # 0.14 is the error of 48 draws
     assert float((width / std).mean()) == pytest.approx(1, abs=0.12)  # 1.02 here
     assert float(((torch.full((36,), 20.0) - x) / std).square().mean().sqrt()) > 1.2  # the prior's mean is far
+
+
+def test_gaussian_noise_is_that_of_the_expected_counts():
+    n = torch.ones(24, 64, dtype=torch.float64)
+    n[:, 20:24] = 0
+    op = operators.PET(SPACE, HALF_TURN, sensitivity=n, bins=64)
+    x = disc(50.0)
+    problem = invdiff.Problem.simulate(5 * op, likelihoods.Poisson(5.0, 5 * 4.0), x, seed=0)
+    found = pet.gaussian(problem, x)
+    live = n[0] > 0
+    assert "quadratic" in found.capabilities and found.x_true is problem.x_true
+    torch.testing.assert_close(found.likelihood.sigma[..., live], (25 * (op(x) + 4)).sqrt()[..., live])
+    whitened = (found.residual(x) / found.likelihood.sigma)[..., live]
+    assert float(whitened.std()) == pytest.approx(1.0, abs=0.07) and abs(float(whitened.mean())) < 0.1
+    plain = pet.gaussian(invdiff.Problem(op, pet.noise(op, 4.0), problem.y), x)
+    assert (plain.y[..., ~live] == 0).all()
 
 
 BAD = {
@@ -241,8 +264,9 @@ def test_bad_backgrounds_and_problems_are_refused():
     with pytest.raises(InvdiffError, match="for 2 cases and randoms for 3"):
         pet.noise(op, torch.ones(2, 1, 1, 1), torch.ones(3, 1, 1, 1))
     y = torch.ones(1, *op.range.shape)
-    with pytest.raises(InvdiffError, match="Poisson counts"):
-        pet.mlem(invdiff.Problem(op, likelihoods.Gaussian(1.0), y))
+    for reconstruct in (pet.mlem, lambda p: pet.gaussian(p, op.domain.zeros(1))):
+        with pytest.raises(InvdiffError, match="for Poisson counts of a real linear operator"):
+            reconstruct(invdiff.Problem(op, likelihoods.Gaussian(1.0), y))
     with pytest.raises(InvdiffError, match="no negative data"):
         pet.mlem(invdiff.Problem(op, pet.noise(op), -y))
     with pytest.raises(InvdiffError, match="at least 1 iteration"):
