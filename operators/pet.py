@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import InvdiffError
-from invdiff.operators import _rays
 from invdiff.operators._parameters import ParametricOperator, as_parameter
 from invdiff.operators._ray_transform import (
     MAX_TABLE_BYTES,
@@ -227,11 +226,13 @@ class RingRays(ParallelBeamCT):
     def _geometry(self) -> Mapping[str, Any]:
         return {**super()._geometry(), "ring_radius": self.radius}
 
-    def _apply(self, rows: Tensor, transposed: bool) -> Tensor:
-        if self.method == "matrix-free" and rows.is_cuda:  # kernels there look for bins at even distances
-            views = (self.grid, self._trace, len(self.angles), self.bins)
-            return (_rays.back_project if transposed else _rays.project)(rows, *views)
-        return super()._apply(rows, transposed)
+    def _implementation(self, device: torch.device) -> str:
+        how = super()._implementation(device)
+        return "reference" if how == "triton" else how  # whose kernels look for bins at even distances
+
+    def fbp(self, y: Tensor, filter: str = "ram-lak") -> Tensor:
+        """Refuse: the filters are for bins at even distances."""
+        raise InvdiffError("Filtered back-projection needs bins at even distances; correct the data for the arc.")
 
     @property
     def positions(self) -> np.ndarray:

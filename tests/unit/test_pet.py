@@ -74,6 +74,16 @@ def test_counts_of_a_disc_in_an_attenuating_disc(ring):
     assert exact.max() == pytest.approx(600 * 2e-5 * 4000 * 100 * math.exp(-160 * WATER), rel=1e-2)
 
 
+def test_what_needs_bins_at_even_distances_stays_away_from_a_ring():
+    """GPU kernels that find bins from positions, and filtered back-projection."""
+    even, ring = (operators.PET(SPACE, HALF_TURN, ring_radius=r, method="matrix-free").rays for r in (None, 150.0))
+    gpu = torch.device("cuda")
+    assert ring._implementation(gpu) == "reference"
+    assert ring._implementation(torch.device("cpu")) == even._implementation(torch.device("cpu"))
+    with pytest.raises(InvdiffError, match="correct the data for the arc"):
+        ring.fbp(ring.range.zeros(1))
+
+
 def test_attenuation_factors_are_those_of_the_map():
     mu = WATER * disc(80.0)
     by_map = operators.PET(SPACE, HALF_TURN, attenuation_map=mu[0])
