@@ -23,6 +23,7 @@ from invdiff.operators._table import CACHE_BYTES, Table, TableHolder, build_tabl
 from invdiff.spaces import Space
 
 if TYPE_CHECKING:
+    from invdiff.operators._joseph import HostRays
     from invdiff.operators._triton_rays import DeviceRays
 
 METHODS = ("auto", "table", "matrix-free", "reference")
@@ -40,7 +41,7 @@ class RayTransform(ParametricOperator):
     provides: ClassVar[frozenset[str]] = frozenset({"linear", "vjp", "normal"})
     angles: np.ndarray
     grid: Grid
-    method: str
+    asked: str
 
     @abstractmethod
     def _trace(self, start: int, stop: int) -> Rays:
@@ -76,22 +77,30 @@ class RayTransform(ParametricOperator):
         self.geometry_digest = hashlib.sha256(text.encode() + self.angles.tobytes()).hexdigest()
         super().__init__()
         self._holder = TableHolder()
-        self.method = self._choose(method, limit)
+        self.asked = method
+        self._fits = self._table_fits(limit)
 
-    def _choose(self, method: str, limit: int) -> str:
-        if method not in METHODS:
-            raise InvdiffError(f"The method {method!r} is unknown; choose one of {', '.join(METHODS)}.")
-        if method not in ("auto", "table"):
-            return method
-        hard = _ADDRESSABLE if method == "table" else limit
+    def _table_fits(self, limit: int) -> bool:
+        """Whether a table may be built where that is asked, or else takes at most ``limit`` bytes."""
+        if self.asked not in METHODS:
+            raise InvdiffError(f"The method {self.asked!r} is unknown; choose one of {', '.join(METHODS)}.")
+        if self.asked not in ("auto", "table"):
+            return False
+        hard = _ADDRESSABLE if self.asked == "table" else limit
         size = table_bytes(self.grid, self._trace, len(self.angles), self.bins, self.domain.dtype.itemsize, hard)
-        if size <= hard:
-            return "table"
-        if method == "table":
+        if size > hard and self.asked == "table":
             raise InvdiffError(
                 f"A table for {self.name} would hold more than 2^31 numbers; use method='matrix-free'."
             )
-        return "matrix-free"
+        return size <= hard
+
+    @property
+    def method(self) -> str:
+        """What computes: as asked, or for "auto" what is fastest on the device that the operator is on."""
+        if self.asked != "auto":
+            return self.asked
+        walks = self.place.device.type == "cpu" and importlib.util.find_spec("numba") is not None
+        return "table" if self._fits and not walks else "matrix-free"
 
     def describe(self) -> dict[str, Any]:
         """Return what provenance records, with the geometry."""
@@ -125,15 +134,11 @@ class RayTransform(ParametricOperator):
         if not len(rows):
             return rows.new_zeros(0, math.prod(self.grid.sizes) if transposed else len(self.angles) * self.bins)
         how = self._implementation(rows.device)
-        if how in ("table", "triton"):
-            rays = self._table() if how == "table" else self._device_rays(rows.device)
-            return rays.back_project(rows) if transposed else rays.project(rows)
-        views = (self.grid, self._trace, len(self.angles), self.bins)
-        if how == "numba":
-            from invdiff.operators import _joseph
-
-            return (_joseph.back_project if transposed else _joseph.project)(rows, *views)
-        return (_rays.back_project if transposed else _rays.project)(rows, *views)
+        if how == "reference":
+            views = (self.grid, self._trace, len(self.angles), self.bins)
+            return (_rays.back_project if transposed else _rays.project)(rows, *views)
+        rays = self._table() if how == "table" else self._host_rays() if how == "numba" else self._device_rays()
+        return rays.back_project(rows) if transposed else rays.project(rows)
 
     def _implementation(self, device: torch.device) -> str:
         """Return what computes on a device: "table", "numba", "triton" or "reference"."""
@@ -149,17 +154,29 @@ class RayTransform(ParametricOperator):
         views = (self.grid, self._trace, len(self.angles), self.bins)
         return self._holder.get(key, lambda: build_table(*views, dtype, device))
 
-    def _device_rays(self, device: torch.device) -> DeviceRays:
-        """Return the rays on a device, kept from call to call unless they are too many."""
+    def _device_rays(self) -> DeviceRays:
+        """Return the rays on a GPU, kept from call to call unless they are too many."""
         from invdiff.operators._triton_rays import DeviceRays, ray_bytes, trace_parts
 
-        views = len(self.angles)
+        views, device = len(self.angles), self.place.device
         size = views * self.bins
         parts = trace_parts(self.grid, self._trace, self._cameras, views, self.bins, device)
         if size * ray_bytes(len(self.grid.sizes)) > CACHE_BYTES:
             return DeviceRays(self.grid, size, parts)
         key = (self.geometry_digest, "rays", str(device))
         return self._holder.get(key, lambda: DeviceRays(self.grid, size, list(parts)))
+
+    def _host_rays(self) -> HostRays:
+        """Return the rays in memory, kept from call to call unless they are too many."""
+        from invdiff.operators._joseph import HostRays, ray_bytes, trace_parts
+
+        views = len(self.angles)
+        size = views * self.bins
+        parts = trace_parts(self.grid, self._trace, views, self.bins)
+        if size * ray_bytes(len(self.grid.sizes)) > CACHE_BYTES:
+            return HostRays(self.grid, size, parts)
+        key = (self.geometry_digest, "rays", "host")
+        return self._holder.get(key, lambda: HostRays(self.grid, size, list(parts)))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
         """Return a copy on another device or in another precision; the geometry stays in double precision."""

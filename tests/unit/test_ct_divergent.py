@@ -182,6 +182,7 @@ def test_bad_geometries():
         operators.ConeBeamCT((4, 64, 64), [0.0], detectors=(4, 40), **CONE)
 
 
-def test_volumes_are_matrix_free_unless_small():
+def test_volumes_are_matrix_free_unless_small(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no numba
     assert operators.ConeBeamCT((96, 96, 96), np.linspace(0, 6, 90), **CONE).method == "matrix-free"
     assert operators.ConeBeamCT((4, 5, 6), np.arange(6), **CONE).method == "table"

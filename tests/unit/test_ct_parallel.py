@@ -181,7 +181,9 @@ def test_units_and_spacing():
     torch.testing.assert_close(op(torch.ones(1, 1, 8, 8))[0, 0, 0, op.range.shape[-1] // 2], torch.tensor(0.8))
 
 
-def test_choice_of_method():
+def test_choice_of_method(monkeypatch):
+    assert small().method == "matrix-free" and small(method="table").method == "table"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no numba
     assert small().method == "table"
     assert small(max_table_bytes=100).method == "matrix-free"
     for wrong in ({"method": "gpu"}, {"detectors": 0}, {"detectors": 2.5}, {"detector_spacing": -1.0}):
