@@ -194,6 +194,11 @@ class TestSimulation:
         np.testing.assert_array_equal(first.kspace, second.kspace)
         assert sigma == pytest.approx(np.percentile(np.abs(disc()), 99) / 10)
 
+    def test_a_seed_that_finds_no_pattern_of_its_own(self):
+        """On this grid the search of seed 8 for a density fails."""
+        mask = mri_simulation.poisson_disc_mask((192, 160), 8.0, centre=24, seed=8)
+        assert mask.size / mask.sum() == pytest.approx(8, abs=0.11) and mask[84:108, 68:92].all()
+
     def test_impossible_acceleration(self):
         with pytest.raises(InvdiffError, match="No Poisson-disc pattern"):
             mri_simulation.poisson_disc_mask((32, 32), 50.0, centre=24)
