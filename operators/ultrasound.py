@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from invdiff.errors import InvdiffError
 from invdiff.operators import _delays
 from invdiff.operators._convolve import fast_length
-from invdiff.operators._delays import DelayTable
+from invdiff.operators._delays import DelayTable, Part, Path
 from invdiff.operators._parameters import ParametricOperator, as_parameter, as_space
 from invdiff.operators._ray_transform import MAX_TABLE_BYTES, _outside, as_angles, as_count, as_length
 from invdiff.operators._table import TableHolder
@@ -58,7 +58,8 @@ class PlaneWaveUltrasound(ParametricOperator):
 
     Implementations (``method``), which agree to rounding: ``"table"`` keeps all weights as sparse matrices, built
     on first use and shared between operators of the same geometry; ``"matrix-free"`` computes them on the fly, a
-    few elements at a time; ``"auto"`` takes a table of at most ``max_table_bytes``.
+    few elements at a time, in compiled loops on the CPU where numba is there; ``"auto"`` takes a table of at most
+    ``max_table_bytes``.
 
     Args:
         shape: Shape of one image, or its whole Space; the columns are centred at ``lateral``.
@@ -167,10 +168,11 @@ class PlaneWaveUltrasound(ParametricOperator):
 
     def _count(self, samples: int | None) -> int:
         """Return the number of samples, refusing a window without echoes."""
-        z, x = (v.reshape(-1) for v in np.meshgrid(self.z[[0, -1]], self.x[[0, -1]], indexing="ij"))
-        sent = self._transmission(z, x)
+        z, x = (torch.from_numpy(v) for v in (self.z[[0, 0, -1, -1]], self.x[[0, -1, 0, -1]]))
+        sent = torch.stack([self._arrival(a, z, x) for a in range(len(self.angles))])
+        away = torch.hypot(z, x - torch.from_numpy(self.elements)[:, None])
         # delays are convex in the position, so that corners have the latest
-        last = (sent[:, None] + self._reception(z, x)).max()
+        last = float((sent[:, None] + away / self.sound_speed).max())
         if samples is None:
             count = math.ceil((last - self.start) * self.sampling_frequency) + 1 + self._reach
             if count > _LONGEST:
@@ -181,7 +183,7 @@ class PlaneWaveUltrasound(ParametricOperator):
         else:
             count = as_count(samples, "The number of samples")
         off = np.abs(self.elements - np.clip(self.elements, self.x[0], self.x[-1]))
-        first = sent.min() + np.hypot(off, self.z[0]).min() / self.sound_speed
+        first = float(sent.min()) + np.hypot(off, self.z[0]).min() / self.sound_speed
         end = self.start + count / self.sampling_frequency
         if last < self.start or first > end:
             raise InvdiffError(
@@ -210,50 +212,63 @@ class PlaneWaveUltrasound(ParametricOperator):
         """Error of an echo by interpolation, over its norm, for random delays: ``0.032 / (s fs)^2``."""
         return _ERROR / (self.pulse_std * self.sampling_frequency) ** 2
 
-    def _transmission(self, z: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """Return the times at which the waves reach points, ``(angles, points)``."""
-        a = self.angles[:, None]
-        return (z * np.cos(a) + x * np.sin(a)) / self.sound_speed + self.transmit_delays[:, None]
-
-    def _reception(self, z: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """Return the times from points to elements, ``(elements, points)``."""
-        return np.hypot(z, x - self.elements[:, None]) / self.sound_speed
-
     def describe(self) -> dict[str, Any]:
         """Return what provenance records, with the geometry."""
         numbers = ("data", "method", "sampling_frequency", "centre_frequency", "sound_speed", "start", "f_number")
         counts = {"angles": len(self.angles), "elements": len(self.elements)}
         return {**super().describe(), **counts, **{k: getattr(self, k) for k in numbers}}
 
-    def _echoes(self, angle: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return earlier samples and weights of all pixels, see `_delays.EchoesOf`; times in double precision."""
-        device, dtype = self.place.device, self.domain.dtype.to_complex()
-        z, x, e = (torch.from_numpy(v).to(device) for v in (self.z, self.x, self.elements[start:stop]))
-        z, x = z[:, None].expand(-1, len(x)).reshape(-1), x.repeat(len(z))
-        across = x - e[:, None]
+    def _sent(self, angle: int) -> Path:
+        """Return the way of one wave to the pixels, from the first padded sample; times in double precision."""
+        tau = self._arrival(angle, *self._pixels())
+        delay = (tau - self.start) * self.sampling_frequency + self._reach
+        return Path(delay, self._turned(tau, torch.ones_like(tau)))
+
+    def _arrival(self, angle: int, z: Tensor, x: Tensor) -> Tensor:
+        """Return when one wave reaches points, in seconds."""
+        a = float(self.angles[angle])
+        return (z * math.cos(a) + x * math.sin(a)) / self.sound_speed + float(self.transmit_delays[angle])
+
+    def _heard(self, start: int, stop: int) -> Path:
+        """Return the way from the pixels to some elements, with their weights."""
+        z, x = self._pixels()
+        across = x - torch.from_numpy(self.elements[start:stop]).to(x.device)[:, None]
         away = torch.hypot(z.expand_as(across), across)
-        a, late = float(self.angles[angle]), float(self.transmit_delays[angle])
-        tau = (z * math.cos(a) + x * math.sin(a) + away) / self.sound_speed + late
-        weight = torch.ones_like(tau)
+        weight = torch.ones_like(away)
         if self.element_width is not None:
-            away = away.clamp_min(torch.finfo(torch.float64).tiny)
-            sine = across / away
-            weight = torch.sinc(self.element_width * self.centre_frequency / self.sound_speed * sine) * z / away
+            length = away.clamp_min(torch.finfo(torch.float64).tiny)
+            width = self.element_width * self.centre_frequency / self.sound_speed
+            weight = torch.sinc(width * across / length) * z / length
         if self.f_number is not None:
             weight = weight * (across.abs() <= z / (2 * self.f_number))
-        delay = (tau - self.start) * self.sampling_frequency + self._reach
-        first = delay.floor()
-        share = delay - first
-        weight = weight * ((first >= 0) & (first <= self._padded - 2))
-        turned = torch.polar(weight, -2 * math.pi * self.centre_frequency * tau)
-        first = first.clamp(0, self._padded - 2).long()
-        return first, (turned * (1 - share)).to(dtype), (turned * share).to(dtype)
+        tau = away / self.sound_speed
+        return Path(tau * self.sampling_frequency, self._turned(tau, weight))
+
+    def _turned(self, tau: Tensor, weight: Tensor) -> Tensor:
+        """Return ``w exp(-2 pi i f0 tau)`` in our own precision."""
+        return torch.polar(weight, -2 * math.pi * self.centre_frequency * tau).to(self.domain.dtype.to_complex())
+
+    def _pixels(self) -> tuple[Tensor, Tensor]:
+        """Return the coordinates of all pixels, ``(pixels,)`` each, in double precision."""
+        z, x = (torch.from_numpy(v).to(self.place.device) for v in (self.z, self.x))
+        return z[:, None].expand(-1, len(x)).reshape(-1), x.repeat(len(z))
+
+    def _parts(self, rows: int) -> Iterator[tuple[int, int, int, Part]]:
+        """Yield angle, first and last element, and what takes images to their samples."""
+        angles, elements, pixels = len(self.angles), len(self.elements), self.z.size * self.x.size
+        if self.method == "table":
+            yield from ((a, 0, elements, part) for a, part in enumerate(self._table().parts))
+        else:
+            compiled = _delays.is_compiled(self.place.device)
+            width = pixels * (1 if compiled else rows)
+            yield from _delays.direct(self._sent, self._heard, angles, elements, self._padded, width, compiled)
 
     def _table(self) -> DelayTable:
+        """Return the weights, from this operator, another one of the same geometry, or computed now."""
         device, dtype = self.place.device, self.domain.real_dtype
-        sizes = (len(self.angles), len(self.elements), self._padded, self.z.size * self.x.size)
         key = (self.geometry_digest, str(dtype), str(device))
-        return self._holder.get(key, lambda: DelayTable(self._echoes, *sizes, dtype, device))
+        sizes = (len(self.angles), len(self.elements), self._padded)
+        return self._holder.get(key, lambda: DelayTable(self._sent, self._heard, *sizes, dtype, device))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
         """Return a copy on another device or in another precision; the geometry stays in double precision."""
@@ -267,9 +282,9 @@ class PlaneWaveUltrasound(ParametricOperator):
         spectrum, carrier = self._derived(_pulse)
         reach, count = self._reach, self.range.shape[-1]
         for block in self._row_blocks(len(rows)):
-            for a in range(len(self.angles)):
-                u = _convolved(self._scatter(rows[block], a), spectrum)[..., reach : reach + count]
-                out[block, a] = u if self.data == "iq" else (u * carrier).real
+            for a, first, last, part in self._parts(len(rows[block])):
+                u = _convolved(part.scatter(rows[block]), spectrum)[..., reach : reach + count]
+                out[block, a, first:last] = u if self.data == "iq" else (u * carrier).real
         return out.reshape(len(x), *self.range.shape)
 
     def _adjoint(self, y: Tensor) -> Tensor:
@@ -278,22 +293,11 @@ class PlaneWaveUltrasound(ParametricOperator):
         spectrum, carrier = self._derived(_pulse)
         padding = (self._reach, self._reach)
         for block in self._row_blocks(len(rows)):
-            for a in range(len(self.angles)):
-                v = rows[block, a] if self.data == "iq" else rows[block, a] * carrier.conj()
-                u = _convolved(torch.nn.functional.pad(v, padding), spectrum)[..., : self._padded]
-                out[block] += self._gather(u, a)
+            for a, first, last, part in self._parts(len(rows[block])):
+                v = rows[block, a, first:last]
+                v = torch.nn.functional.pad(v if self.data == "iq" else v * carrier.conj(), padding)
+                out[block] += part.gather(_convolved(v, spectrum)[..., : self._padded], not self.domain.is_complex)
         return out.reshape(len(y), *self.domain.shape)
-
-    def _scatter(self, rows: Tensor, a: int) -> Tensor:
-        if self.method == "table":
-            return self._table().scatter(rows, a)
-        return _delays.scatter(rows, self._echoes, a, len(self.elements), self._padded)
-
-    def _gather(self, u: Tensor, a: int) -> Tensor:
-        real = not self.domain.is_complex
-        if self.method == "table":
-            return self._table().gather(u, a, real)
-        return _delays.gather(u, self._echoes, a, self.z.size * self.x.size, real)
 
     def _row_blocks(self, rows: int) -> list[slice]:
         step = max(1, _AT_WORK // (len(self.elements) * self._padded))

@@ -12,7 +12,7 @@ from scipy import signal
 
 from invdiff import operators
 from invdiff.errors import InvdiffError
-from invdiff.operators import _delays, envelope, ultrasound
+from invdiff.operators import _delays, _table, envelope, ultrasound
 from invdiff.spaces import Space
 from invdiff.tensors import tensor_digest
 
@@ -157,17 +157,36 @@ def test_space_of_other_units_and_names():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-def test_blocks_of_elements_and_rows_change_nothing(monkeypatch, dtype):
-    op = make(data="iq", dtype=dtype)
+@pytest.mark.parametrize("implementation", ["table", "compiled", "plain"])
+def test_implementations_and_blocks_change_nothing(monkeypatch, dtype, implementation):
+    """A table built at once against tables and sums on the fly, five elements and two rows at a time."""
+    given = {"data": "iq", "dtype": dtype, "f_number": 0.7, "start": 4e-6, "samples": 60}
+    op = make(method="table", **given)
     x, y = op.domain.randn(5), op.range.randn(5)
     forward, back = op(x), op.adjoint(y)
+    assert torch.count_nonzero(forward) > 1000
     monkeypatch.setattr(_delays, "_ENTRIES", 5 * 320)
     monkeypatch.setattr(ultrasound, "_AT_WORK", 2 * 12 * op._padded)
-    for method in ("table", "matrix-free"):
-        other = make(data="iq", dtype=dtype, method=method)
-        _ = other._table() if method == "table" else None
-        torch.testing.assert_close(other(x), forward)
-        torch.testing.assert_close(other.adjoint(y), back)
+    monkeypatch.setattr(_delays, "is_compiled", lambda device: implementation == "compiled")
+    other = make(method="table" if implementation == "table" else "matrix-free", **given)
+    if implementation == "table":
+        monkeypatch.setattr(_table, "TABLES", _table.TableCache())
+    torch.testing.assert_close(other(x), forward)
+    torch.testing.assert_close(other.adjoint(y), back)
+
+
+def test_sums_do_not_depend_on_threads():
+    op = make(method="matrix-free", dtype=torch.float32)
+    x, y = op.domain.randn(2), op.range.randn(2)
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append((op(x), op.adjoint(y)))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
 def test_tables_are_shared_bounded_and_no_state():
