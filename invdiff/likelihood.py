@@ -39,10 +39,21 @@ class Likelihood(Movable, ABC):
     def score(self, z: Tensor, y: Tensor) -> Tensor:
         """Return the gradient of ``log_prob`` with respect to ``z`` (for ``Re <.,.>``), ``(B, *range)``."""
 
+    def mean(self, z: Tensor) -> Tensor:
+        """What residuals of the data are measured from, ``z`` and its background, ``(B, *range)``."""
+        return z
+
     def gaussian_sigma(self, z: Tensor) -> Tensor | None:
         """Noise level per real component of a local quadratic surrogate at ``z``.
 
         Broadcasts over ``(B, *range)``; None where no such surrogate serves.
+        """
+        return None
+
+    def curvature(self, z: Tensor, y: Tensor) -> Tensor | None:
+        """Upper estimate of ``-d score / dz`` between ``z`` and the data, element by element, for step sizes.
+
+        None where the local derivative serves.
         """
         return None
 

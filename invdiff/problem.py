@@ -109,8 +109,8 @@ class Problem:
         return self.operator.adjoint(self.y)
 
     def residual(self, x: Tensor) -> Tensor:
-        """Return ``y - A(x)``, ``(B, *range)``."""
-        return self.y - self.operator(x)
+        """Return ``y - A(x)`` less a known background, ``(B, *range)``."""
+        return self.y - self.likelihood.mean(self.operator(x))
 
     def log_likelihood(self, x: Tensor) -> Tensor:
         """Return ``log p(y | A(x))``, ``(B,)``."""

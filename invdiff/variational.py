@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import CapabilityError, InvdiffError
+from invdiff.operator import LinearOperator
 from invdiff.primitives.curvature import stiffness
 from invdiff.primitives.total_variation import difference, difference_adjoint
 from invdiff.problem import Problem
@@ -41,7 +42,7 @@ def total_variation(
     imaging", J. Math. Imaging Vis. 40, 2011; Rudin, Osher, Fatemi, Physica D 60, 1992.
     """
     operator = problem.operator
-    if "linear" not in operator.capabilities or problem.operator_dependent_noise:
+    if not isinstance(operator, LinearOperator) or problem.operator_dependent_noise:
         raise CapabilityError(f"Total variation needs a linear operator behind Gaussian noise, got {problem!r}.")
     if weight < 0 or iterations < 1:
         raise InvdiffError(f"A weight of at least 0 and 1 iteration are needed, got {weight:g} and {iterations}.")

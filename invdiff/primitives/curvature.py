@@ -15,14 +15,17 @@ from invdiff.spaces import norm, per_row
 def curvature(problem: Problem, x: Tensor, v: Tensor) -> Tensor:
     """Return ``H v`` with the Gauss-Newton curvature ``H = J^H (-d score/dz) J`` of ``-log p(y | A(x))``.
 
-    ``H = A^H A / sigma^2`` for a linear operator and Gaussian noise; elsewhere the derivative of the score is a
-    finite difference along ``J v``.
+    ``H = A^H A / sigma^2`` for a linear operator and Gaussian noise; elsewhere the derivative of the score is what
+    the likelihood says of it, or a finite difference along ``J v``.
     """
     dz = problem.operator.jvp(x, v)
     sigma = problem.likelihood.gaussian_sigma(dz)
     if sigma is not None and problem.likelihood.shift_invariant:
         return problem.operator.vjp(x, dz / sigma**2)
     z = problem.operator(x)
+    bound = problem.likelihood.curvature(z, problem.y)
+    if bound is not None:
+        return problem.operator.vjp(x, bound * dz)
     size = norm(dz)
     small = per_row(1e-4 * (norm(z) + 1e-3 * size) / torch.where(size > 0, size, torch.ones_like(size)), dz)
     change = problem.likelihood.score(z, problem.y) - problem.likelihood.score(z + small * dz, problem.y)

@@ -33,12 +33,27 @@ def test_linear_gaussian_curvature_and_its_norm(sigma):
 
 
 def test_curvature_where_noise_depends_on_the_data():
-    """Poisson: minus the derivative of the score is ``k / rate^2`` per squared gain, between ``J^H`` and ``J``."""
+    """Minus the derivative of the score, between ``J^H`` and ``J``."""
     x = SPACE.randn(1, 0).abs() + 2
-    problem = Problem.simulate(Square(), likelihoods.Poisson(0.1), x, seed=0)
-    rate = Square()(x)
-    weight = problem.y / rate**2 / 0.1 * (1 + 0.2 * x) ** 2
-    torch.testing.assert_close(dense(problem, x), torch.diag(weight.flatten()), rtol=1e-3, atol=1e-6)
+    problem = Problem.simulate(Square(), likelihoods.PoissonGaussian(0.1, 0.3), x, seed=0)
+    z, h = Square()(x), 1e-5
+    fall = problem.likelihood.score(z - h, problem.y) - problem.likelihood.score(z + h, problem.y)
+    weight = fall / (2 * h) * (1 + 0.2 * x) ** 2
+    torch.testing.assert_close(dense(problem, x), torch.diag(weight.flatten()), rtol=2e-3, atol=1e-6)
+
+
+def test_curvature_of_counts_is_a_bound_from_here_to_the_data():
+    """``k / rate^2`` vanishes where far more is expected than counted, and steps of its size would run away."""
+    k = torch.tensor([0.0, 1.0, 7.0, 400.0], dtype=torch.float64)[:, None]
+    z = torch.linspace(-3, 3e3, 20_000, dtype=torch.float64)[None].expand(4, -1)
+    for gain in (1.0, 0.1):
+        likelihood, h = likelihoods.Poisson(gain), 1e-4 * gain
+        y, at = (gain * k).expand_as(z), gain * z
+        fall = (likelihood.score(at - h, y) - likelihood.score(at + h, y)) / (2 * h)
+        bound = likelihood.curvature(at, y)
+        assert bool((bound >= 0.99 * fall).all())
+        assert bool((bound >= 0.99 / (gain**2 * y / gain).clamp_min(gain**2)).all())
+        assert bool((bound <= 400.01 / gain**2).all())
 
 
 def test_stiffness_of_a_row_depends_on_no_other_row_and_not_on_the_scale_of_x():
