@@ -70,7 +70,7 @@ def summary_figure(posterior: Posterior, case: int = 0) -> Figure:
     """
     if not 0 <= case < posterior.n_cases:
         raise InvdiffError(f"There is no case {case}; the posterior has cases 0 to {posterior.n_cases - 1}.")
-    panels = _panels(posterior, case)
+    panels = panels_of(posterior, case)
     first = panels[0].values
     space = [str(d) for d in first.dims if d != "channel"]
     figure = _new_figure()
@@ -123,7 +123,7 @@ def _new_figure() -> Figure:
     return Figure(layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06))
 
 
-def _panels(posterior: Posterior, case: int) -> list[Panel]:
+def panels_of(posterior: Posterior, case: int) -> list[Panel]:
     """Collect what there is to show, in magnitudes for complex images."""
     of = " of |x|" if posterior.is_complex else ""
     truth = None if posterior.x_true is None else _view(posterior.x_true, case)

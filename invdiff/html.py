@@ -81,9 +81,9 @@ def prior_html(prior: Prior) -> str:
 
 
 def _posterior_pictures(posterior: Posterior) -> list[Picture]:
-    from invdiff.figures import _panels
+    from invdiff.figures import panels_of
 
-    panels = [p for p in _panels(posterior, 0) if p.role != "width"][:2]
+    panels = [p for p in panels_of(posterior, 0) if p.role != "width"][:2]
     return [(p.title, p.values.values, "gray" if p.role == "image" else "viridis") for p in panels]
 
 

@@ -125,7 +125,7 @@ class _Context:
         self.y, self.y2 = (self._draw(op.range, i) for i in (3, 4))
 
     def _draw(self, space: Space, offset: int) -> Tensor:
-        return space.randn(self.batch, seed=1000 * self.seed + offset, device=_device(self.op))
+        return space.randn(self.batch, seed=1000 * self.seed + offset, device=device_of(self.op))
 
     @property
     def linear(self) -> LinearOperator:
@@ -353,7 +353,7 @@ def dense_matrix(op: LinearOperator, case: int = 0) -> Tensor:
         case: The case whose parameters are used.
     """
     n = op.domain.real_size
-    basis = torch.eye(n, dtype=op.domain.real_dtype, device=_device(op))
+    basis = torch.eye(n, dtype=op.domain.real_dtype, device=device_of(op))
     x = basis.reshape(n, -1, *op.domain.shape)
     batch = torch.complex(x[:, 0], x[:, 1]) if op.domain.is_complex else x[:, 0]
     return _to_real(op.rows(torch.full((n,), case))(batch)).mT
@@ -377,14 +377,14 @@ def _worst(gap: Tensor, size: Tensor) -> float:
     return float(relative.nan_to_num(float("inf")).max()) if relative.numel() else 0.0
 
 
-def _device(op: Any) -> torch.device:
+def device_of(op: Any) -> torch.device:
     """Device of the first tensor found among the attributes of an operator or codec."""
     for value in getattr(op, "__dict__", {}).values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(item, Tensor):
                 return item.device
             if hasattr(item, "__dict__") and not isinstance(item, Space):
-                found = _device(item)
+                found = device_of(item)
                 if found.type != "cpu":
                     return found
     return torch.device("cpu")

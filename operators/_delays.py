@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from invdiff.operators._table import _as_csr, _multiply
+from invdiff.operators._table import as_csr, multiply
 
 #: Largest number of pairs of pixels and elements, times rows in plain torch, that are at work at once.
 _ENTRIES = 1 << 21
@@ -96,16 +96,16 @@ class Sparse(Part):
         transpose = forward.T.tocsr()
         for matrix in (forward, transpose):
             matrix.sort_indices()  # which torch's format asks for
-        self.forward, self.transpose = _as_csr(forward, device), _as_csr(transpose, device)
+        self.forward, self.transpose = as_csr(forward, device), as_csr(transpose, device)
 
     def scatter(self, x: Tensor) -> Tensor:
         """Return the samples, ``(R, pixels) -> (R, element, sample)``, complex."""
         rows = len(x)
         if not x.is_complex():
-            parts = _multiply(self.forward, x.mT.contiguous()).mT.reshape(rows, *self.shape)
+            parts = multiply(self.forward, x.mT.contiguous()).mT.reshape(rows, *self.shape)
             return torch.complex(parts[:, :, 0], parts[:, :, 1])
         both = torch.cat([x.real, x.imag]).mT.contiguous()
-        real, imag = _multiply(self.forward, both).mT.reshape(2, rows, *self.shape)
+        real, imag = multiply(self.forward, both).mT.reshape(2, rows, *self.shape)
         return torch.complex(real[:, :, 0] - imag[:, :, 1], real[:, :, 1] + imag[:, :, 0])
 
     def gather(self, u: Tensor, real: bool) -> Tensor:
@@ -113,9 +113,9 @@ class Sparse(Part):
         rows = len(u)
         parts = torch.stack([u.real, u.imag], 2).reshape(rows, -1)
         if real:
-            return _multiply(self.transpose, parts.mT.contiguous()).mT
+            return multiply(self.transpose, parts.mT.contiguous()).mT
         turned = torch.stack([u.imag, -u.real], 2).reshape(rows, -1)
-        both = _multiply(self.transpose, torch.cat([parts, turned]).mT.contiguous()).mT
+        both = multiply(self.transpose, torch.cat([parts, turned]).mT.contiguous()).mT
         return torch.complex(both[:rows], both[rows:])
 
 

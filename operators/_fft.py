@@ -25,12 +25,12 @@ def ifft2(x: Tensor, norm: str = "backward") -> Tensor:
 
 def phases(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the input phase and the output phase, each ``(y, x)`` and of complex ``dtype``."""
-    (in_y, out_y), (in_x, out_x) = (_phases_1d(n) for n in shape)
+    (in_y, out_y), (in_x, out_x) = (phases_1d(n) for n in shape)
     pair = (in_y[:, None] * in_x, out_y[:, None] * out_x)
     return pair[0].to(device=device, dtype=dtype), pair[1].to(device=device, dtype=dtype)
 
 
-def _phases_1d(n: int) -> tuple[Tensor, Tensor]:
+def phases_1d(n: int) -> tuple[Tensor, Tensor]:
     c, index = n // 2, torch.arange(n)
     if n % 2 == 0:  # exactly +1 and -1, free of rounding
         sign = (1 - 2 * (index % 2)).to(torch.complex128)

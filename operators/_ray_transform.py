@@ -203,7 +203,7 @@ def as_angles(angles: Any, turns: bool = False) -> np.ndarray:
         warnings.warn(
             f"The angles reach {np.abs(values).max():g} and are taken in radians; for degrees give "
             "numpy.deg2rad(angles), and for many turns in radians numpy.mod(angles, 2 * numpy.pi).",
-            stacklevel=_outside(),
+            stacklevel=stacklevel_outside(),
         )
     values.flags.writeable = False
     return values
@@ -255,11 +255,11 @@ def warn_if_truncated(missing: float, truncated: bool) -> None:
             f"The detector misses up to {missing:.1f} detector widths of the circle inscribed in the image; data "
             "are truncated where the object reaches that far. Widen the detector or shrink the image, or give "
             "truncated=True where it is meant to be so.",
-            stacklevel=_outside(),
+            stacklevel=stacklevel_outside(),
         )
 
 
-def _outside() -> int:
+def stacklevel_outside() -> int:
     """Return the level of the first caller outside this package, so that a warning names the user's line."""
     import sys
 

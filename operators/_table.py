@@ -47,15 +47,15 @@ class Table:
 
     def project(self, x: Tensor) -> Tensor:
         """Return ``A x``, ``(B, pixels) -> (B, data)``."""
-        return _multiply(self.forward, self._copies(x)).mT.contiguous()
+        return multiply(self.forward, self._copies(x)).mT.contiguous()
 
     def back_project(self, y: Tensor) -> Tensor:
         """Return ``A^T y``, ``(B, data) -> (B, pixels)``."""
-        return _multiply(self.transpose, y.mT.contiguous()).mT.contiguous()
+        return multiply(self.transpose, y.mT.contiguous()).mT.contiguous()
 
     def normal(self, x: Tensor) -> Tensor:
         """Return ``A^T A x``, ``(B, pixels)``, without reordering the data in between."""
-        return _multiply(self.transpose, _multiply(self.forward, self._copies(x))).mT.contiguous()
+        return multiply(self.transpose, multiply(self.forward, self._copies(x))).mT.contiguous()
 
     def _copies(self, x: Tensor) -> Tensor:
         """Return the copies of the images as columns, ``(axes * pixels, B)``: one pass then serves all rows."""
@@ -69,7 +69,7 @@ class Table:
         return out.reshape(-1, batch)
 
 
-def _multiply(matrix: Tensor, columns: Tensor) -> Tensor:
+def multiply(matrix: Tensor, columns: Tensor) -> Tensor:
     if columns.shape[1] == 1:
         return (matrix @ columns[:, 0])[:, None]
     return matrix @ columns
@@ -185,7 +185,7 @@ def build_table(
     transpose = sparse.csr_matrix((data, _joined(columns), ends), (views * bins, size)).T.tocsr()
     forward = sparse.csr_matrix((data, _joined(copies), ends), (views * bins, len(grid.sizes) * size))
     forward.sort_indices()  # which torch's format asks for
-    return Table(_as_csr(forward, device), _as_csr(transpose, device), grid.sizes)
+    return Table(as_csr(forward, device), as_csr(transpose, device), grid.sizes)
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
@@ -195,7 +195,7 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
     return out
 
 
-def _as_csr(matrix: Any, device: torch.device) -> Tensor:
+def as_csr(matrix: Any, device: torch.device) -> Tensor:
     start, columns, values = (
         torch.from_numpy(np.ascontiguousarray(v)) for v in (matrix.indptr, matrix.indices, matrix.data)
     )

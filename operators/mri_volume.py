@@ -11,7 +11,7 @@ from torch import Tensor
 from invdiff.errors import InvdiffError
 from invdiff.operator import apply_linear
 from invdiff.operators._coils import as_coil_maps, as_kspace_mask
-from invdiff.operators._fft import _phases_1d
+from invdiff.operators._fft import phases_1d
 from invdiff.operators._parameters import ParametricOperator
 from invdiff.operators._readout import ReadoutBlocks
 from invdiff.spaces import Space
@@ -147,7 +147,7 @@ def _factors(operator: VolumeMRI) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return input phase, mask times output phase, mask in the order of a bare FFT, conjugate maps."""
     before = after = torch.ones(1, 1, 1, 1, 1, dtype=torch.complex128)
     for axis, n in zip(_DIMS, operator.domain.shape[1:]):
-        into, out = (p.reshape(-1, *[1] * (-1 - axis)) for p in _phases_1d(n))
+        into, out = (p.reshape(-1, *[1] * (-1 - axis)) for p in phases_1d(n))
         before, after = before * into, after * out
     like = operator.coil_maps
     bare = torch.fft.ifftshift(operator.mask, _DIMS)

@@ -15,10 +15,10 @@ from invdiff.errors import InvdiffError
 from invdiff.operators._parameters import ParametricOperator, as_parameter
 from invdiff.operators._ray_transform import (
     MAX_TABLE_BYTES,
-    _outside,
     as_count,
     as_image_space,
     as_length,
+    stacklevel_outside,
     warn_if_truncated,
 )
 from invdiff.operators.blur import GaussianBlur
@@ -149,7 +149,7 @@ class PET(ParametricOperator):
             warnings.warn(
                 f"The attenuation map stops all but {math.exp(-float(integrals.max())):.0e} of the photon pairs "
                 f"on one line; it is taken in 1/{self.domain.spacing_units}, and water has 0.0096/mm at 511 keV.",
-                stacklevel=_outside(),
+                stacklevel=stacklevel_outside(),
             )
         return torch.exp(-integrals)
 

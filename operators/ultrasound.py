@@ -17,7 +17,7 @@ from invdiff.operators import _delays
 from invdiff.operators._convolve import fast_length
 from invdiff.operators._delays import DelayTable, Part, Path
 from invdiff.operators._parameters import ParametricOperator, as_parameter, as_space
-from invdiff.operators._ray_transform import MAX_TABLE_BYTES, _outside, as_angles, as_count, as_length
+from invdiff.operators._ray_transform import MAX_TABLE_BYTES, as_angles, as_count, as_length, stacklevel_outside
 from invdiff.operators._table import TableHolder
 from invdiff.operators.blur import require
 from invdiff.spaces import Space
@@ -396,7 +396,7 @@ def _steering(angles: Any) -> np.ndarray:
         warnings.warn(
             f"The steering angles reach {steepest:g} and are taken in radians; for degrees give "
             "numpy.deg2rad(angles).",
-            stacklevel=_outside(),
+            stacklevel=stacklevel_outside(),
         )
     return values
 

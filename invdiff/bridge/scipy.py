@@ -24,7 +24,7 @@ from torch import Tensor
 from invdiff.errors import InvdiffError
 from invdiff.operator import LinearOperator
 from invdiff.spaces import Space
-from invdiff.testing import _device
+from invdiff.testing import device_of
 
 Apply = Callable[[np.ndarray], Any]
 
@@ -109,7 +109,7 @@ def to_linop(operator: LinearOperator) -> Any:
     """
     from scipy.sparse.linalg import LinearOperator as Linop
 
-    _one_case(operator)
+    one_case(operator)
     split = operator.domain.is_complex != operator.range.is_complex
     halves = (split and operator.domain.is_complex, split and operator.range.is_complex)
     dtype = operator.domain.dtype if not split else operator.domain.real_dtype
@@ -123,7 +123,7 @@ def to_linop(operator: LinearOperator) -> Any:
         v = x.detach().cpu().resolve_conj().reshape(-1)
         return np.asarray((torch.cat([v.real, v.imag]) if half else v).numpy())
 
-    device = _device(operator)
+    device = device_of(operator)
     return Linop(
         shape=(
             operator.range.size * (2 if halves[1] else 1),
@@ -147,7 +147,8 @@ def _by_row(f: Apply, x: Tensor, source: Space, target: Space, title: str) -> Te
     return torch.from_numpy(out).to(x.device)
 
 
-def _one_case(operator: Any) -> None:
+def one_case(operator: Any) -> None:
+    """Refuse what is no linear operator, or is one per case."""
     if not isinstance(operator, LinearOperator):
         raise InvdiffError(f"A linear operator is needed, and {type(operator).__name__} is none.")
     if operator.n_cases not in (None, 1):

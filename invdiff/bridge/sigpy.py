@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from invdiff.bridge.scipy import ArrayLinear, _one_case
+from invdiff.bridge.scipy import ArrayLinear, one_case
 from invdiff.errors import InvdiffError
 from invdiff.operator import LinearOperator
 from invdiff.spaces import Space
-from invdiff.testing import _device
+from invdiff.testing import device_of
 
 
 def from_linop(linop: Any, dtype: torch.dtype = torch.complex64, *, channel: bool | None = None) -> LinearOperator:
@@ -66,7 +66,7 @@ def to_linop(operator: LinearOperator) -> Any:
         warnings.simplefilter("ignore")
         from sigpy.linop import Linop
 
-    _one_case(operator)
+    one_case(operator)
     if operator.domain.is_complex != operator.range.is_complex:
         raise InvdiffError(f"sigpy keeps one dtype, and {operator.name} goes between real and complex numbers.")
     image = operator.domain.shape[1:] if operator.domain.shape[0] == 1 else operator.domain.shape
@@ -79,7 +79,7 @@ def to_linop(operator: LinearOperator) -> Any:
             super().__init__(oshape, ishape, repr_str=op.name)
 
         def _apply(self, input: np.ndarray) -> np.ndarray:
-            x = torch.from_numpy(np.array(input)).to(_device(self.op), self.op.domain.dtype)
+            x = torch.from_numpy(np.array(input)).to(device_of(self.op), self.op.domain.dtype)
             y = self.op(x.reshape(1, *self.op.domain.shape))
             return np.asarray(y.detach().cpu().resolve_conj().numpy().reshape(self.oshape))
 

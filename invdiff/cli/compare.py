@@ -141,9 +141,9 @@ def _problem(
         return read_problem(file, *given)
     if any(value is not None for value in given):
         raise InvdiffError("--demo brings its own mask, coil maps and noise level; leave those options out.")
-    from invdiff.cli.demo import _simulate
+    from invdiff.cli.demo import simulate_slice
 
-    return _simulate(1, seed)
+    return simulate_slice(1, seed)
 
 
 def _check_folder(folder: Path) -> None:

@@ -67,7 +67,7 @@ def demo(
     store, picture = output / "invdiff-demo.nc", output / "invdiff-demo.png"
     check_output(store, (".nc",), "The output")
     chosen = make_sampler(sampler, None, steps, set)
-    problem = _simulate(index, seed)
+    problem = simulate_slice(index, seed)
     loaded = library.load(prior)
     check_prior(loaded, problem)
     if not json:
@@ -100,7 +100,7 @@ def demo(
         _print(found)
 
 
-def _simulate(index: int, seed: int) -> Problem:
+def simulate_slice(index: int, seed: int) -> Problem:
     """Return the simulated scan as a problem that knows its truth."""
     import torch
 
