@@ -1,151 +1,195 @@
-"""Time ``ParallelBeamCT`` against deepinv's ``Tomography``, scipy's CSR and torch's CSR with 64-bit positions.
-
-All candidates run in turn, round after round, so that load on the machine falls on all alike. The table gives the
-medians over rounds of processor and wall time, and of the ratio of processor times to deepinv's of the same round
-(how many times faster). Peak memory is the growth of the resident set in a process of its own, one call each way.
-
-Run with ``OMP_NUM_THREADS=1 python benchmarks/operators_ct.py [rounds]``.
-"""
+"""Ray transforms for `operators.py`: deepinv, sparse matrices, scikit-image and the ASTRA toolbox beside ours."""
 
 from __future__ import annotations
 
-import importlib
-import math
-import statistics
-import subprocess
-import sys
-import time
+import functools
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
+from interleaved import Group, Make, Runs
 
-from invdiff.operators import ParallelBeamCT
+from invdiff import operators
 
-CASES = [(256, 180, 1), (256, 180, 16), (512, 60, 1)]
-Runs = dict[str, tuple[Callable[[], object], Callable[[], object]]]
-
-
-def ours(
-    n: int, views: int, batch: int, method: str = "auto"
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    op = ParallelBeamCT((1, n, n), np.linspace(0, np.pi, views, endpoint=False), method=method)
-    x, y = op.domain.randn(batch, 1), op.range.randn(batch, 2)
-    return lambda: op(x), lambda: op.adjoint(y)
+#: Makes an operator of a given method.
+Rays = Callable[[str], Any]
 
 
-def deepinv(n: int, views: int, batch: int) -> tuple[Callable[[], object], Callable[[], object]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from deepinv.physics import Tomography
+def parallel(n: int, views: int) -> Callable[[], dict[str, Make]]:
+    angles = np.linspace(0, np.pi, views, endpoint=False)
+    rays = functools.partial(_parallel, n, views)
 
-        angles = torch.linspace(0, 180, views + 1)[:-1]
-        physics = Tomography(angles=angles, img_width=n, circle=False, normalize=False)
-        x = torch.randn(batch, 1, n, n)
-        y = torch.randn_like(physics.A(x))
-    return lambda: physics.A(x), lambda: physics.A_adjoint(y)
+    def skimage(batch: int) -> Runs:
+        from skimage.transform import radon
+
+        x = rays("matrix-free").domain.randn(batch, 1)[:, 0].numpy()
+        return {"forward": lambda: [radon(image, theta=np.rad2deg(angles), circle=False) for image in x]}
+
+    def candidates() -> dict[str, Make]:
+        made = {"deepinv Tomography": deepinv(rays, angles), **common(rays)}
+        if find_spec("skimage"):
+            made["scikit-image radon"] = skimage
+        return made | astra(rays, "parallel", 1.0, rays("matrix-free").range.shape[-1], -angles)
+
+    return candidates
 
 
-def as_torch(m: Any) -> torch.Tensor:
-    start, columns, values = (torch.from_numpy(v) for v in (m.indptr.astype("i8"), m.indices.astype("i8"), m.data))
-    return torch.sparse_csr_tensor(start, columns, values, m.shape)
+def fan() -> dict[str, Make]:
+    rays: Rays = _fan
+    op = rays("matrix-free")
+    detectors, spacing = op.range.shape[-1], op.detector_spacing
+    parameters = {
+        "pixel_spacing": 1.0,
+        "source_radius": op.source_distance,
+        "detector_radius": op.detector_distance,
+        "n_detector_pixels": detectors,
+        "detector_spacing": spacing,
+    }
+    made = {
+        "deepinv Tomography": deepinv(rays, op.angles, fan_beam=True, fan_parameters=parameters),
+        **common(rays),
+    }
+    distances = op.source_distance, op.detector_distance
+    return made | astra(rays, "fanflat", spacing, detectors, -op.angles, *distances)
 
 
-def candidates(n: int, views: int, batch: int) -> Runs:
-    from scipy import sparse
+def cone() -> dict[str, Make]:
+    op = _cone("matrix-free")
+    distances = op.source_distance, op.detector_distance
+    made = common(_cone)
+    if torch.cuda.is_available():  # ASTRA has no cones on the CPU
+        made |= astra(_cone, "cone", *op.detector_spacing[::-1], *op.range.shape[-2:], -op.angles, *distances)
+    return made
 
-    op = ParallelBeamCT((1, n, n), np.linspace(0, np.pi, views, endpoint=False), method="table")
-    transpose = op._table().transpose
-    parts = [t.numpy() for t in (transpose.values(), transpose.col_indices(), transpose.crow_indices())]
-    back = sparse.csr_matrix(tuple(parts), transpose.shape)
-    csr = back.T.tocsr()
-    x, y = op.domain.randn(batch, 1), op.range.randn(batch, 2)
-    xs, ys = x.flatten(1).T.contiguous(), y.flatten(1).T.contiguous()
-    assert np.abs(csr @ xs.numpy() - op(x).flatten(1).T.numpy()).max() < 1e-2
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        long = [as_torch(m) for m in (csr, back)]
+
+@functools.cache
+def _parallel(n: int, views: int, method: str) -> Any:
+    return operators.ParallelBeamCT((1, n, n), np.linspace(0, np.pi, views, endpoint=False), method=method)
+
+
+@functools.cache
+def _fan(method: str) -> Any:
+    angles = np.linspace(0, 2 * np.pi, 180, endpoint=False)
+    return operators.FanBeamCT(
+        (1, 256, 256), angles, source_distance=512.0, detector_distance=256.0, method=method
+    )
+
+
+@functools.cache
+def _cone(method: str) -> Any:
+    angles = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    return operators.ConeBeamCT(
+        (1, 48, 48, 48), angles, source_distance=144.0, detector_distance=72.0, method=method
+    )
+
+
+def common(rays: Rays) -> dict[str, Make]:
+    """Return our own methods and sparse matrices of the same weights."""
     return {
-        "deepinv Tomography": deepinv(n, views, batch),
-        "invdiff table": (lambda: op(x), lambda: op.adjoint(y)),
-        "invdiff matrix-free": ours(n, views, batch, "matrix-free"),
-        "scipy CSR": (lambda: csr @ xs.numpy(), lambda: back @ ys.numpy()),
-        "torch CSR, 64-bit positions": (lambda: long[0] @ xs, lambda: long[1] @ ys),
+        "invdiff, matrix-free": lambda batch: _runs(rays("matrix-free"), batch),
+        "invdiff, table": lambda batch: _runs(rays("table"), batch),
+        "scipy CSR": functools.partial(_scipy, rays),
+        "torch CSR": functools.partial(_torch, rays),
     }
 
 
-def measure(runs: Runs, rounds: int) -> dict[tuple[str, int], list[tuple[float, float]]]:
-    """Return processor and wall times by candidate and direction, candidates in turn."""
-    times: dict[tuple[str, int], list[tuple[float, float]]] = {(name, i): [] for name in runs for i in (0, 1)}
-    for pair in runs.values():
-        for run in pair:
-            run()
-    for _ in range(rounds):
-        for name, pair in runs.items():
-            for i, run in enumerate(pair):
-                cpu, wall = time.process_time(), time.perf_counter()
-                run()
-                times[name, i].append((time.process_time() - cpu, time.perf_counter() - wall))
-    return times
+def _runs(op: Any, batch: int) -> Runs:
+    x, y = op.domain.randn(batch, 1), op.range.randn(batch, 2)
+    return {"forward": lambda: op(x), "adjoint": lambda: op.adjoint(y), "normal": lambda: op.normal(x)}
 
 
-def table(runs: Runs, rounds: int, label: str) -> None:
-    times = measure(runs, rounds)
-    first = next(iter(runs))
-    for i, direction in enumerate(("forward", "adjoint")):
-        for name in runs:
-            cpu, wall = (1e3 * statistics.median(t[k] for t in times[name, i]) for k in (0, 1))
-            gain = statistics.median(a[0] / b[0] for a, b in zip(times[first, i], times[name, i]))
-            print(f"| {label} | {direction} | {name} | {cpu:.1f} | {wall:.1f} | {gain:.1f} |", flush=True)
+@functools.cache
+def _matrices(rays: Rays) -> tuple[Any, Any]:
+    """Return the weights of all rays and their transpose, in scipy's CSR with 32-bit positions."""
+    from scipy import sparse
+
+    transpose = rays("table")._table().transpose
+    parts = tuple(t.numpy() for t in (transpose.values(), transpose.col_indices(), transpose.crow_indices()))
+    back = sparse.csr_matrix(parts, transpose.shape)
+    return back.T.tocsr(), back
 
 
-def normals(n: int, views: int, batch: int, rounds: int) -> float:
-    """Return the time of ``normal`` over that of a forward and an adjoint."""
-    op = ParallelBeamCT((1, n, n), np.linspace(0, np.pi, views, endpoint=False))
-    x = op.domain.randn(batch, 1)
-    runs: Runs = {"both": (lambda: op.normal(x), lambda: op.adjoint(op(x)))}
-    times = measure(runs, rounds)
-    return statistics.median(a[0] / b[0] for a, b in zip(times["both", 0], times["both", 1]))
+def _columns(rays: Rays, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return images and data as columns of matrices, or as vectors."""
+    op = rays("table")
+    pair = (v.flatten(1).T.contiguous() for v in (op.domain.randn(batch, 1), op.range.randn(batch, 2)))
+    x, y = (v[:, 0] if batch == 1 else v for v in pair)
+    return x, y
 
 
-def resident(field: str) -> float:
-    """Return a figure of Linux's account of this process, in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+def _products(a: Any, b: Any, x: Any, y: Any) -> Runs:
+    return {"forward": lambda: a @ x, "adjoint": lambda: b @ y, "normal": lambda: b @ (a @ x)}
 
 
-def peak(name: str, n: int, views: int, batch: int) -> None:
-    """Print by how many MB one call each way raises the resident set, everything built on the way included."""
-    importlib.import_module("deepinv" if name == "deepinv" else "scipy.sparse")  # their own weight is not counted
-    before = resident("VmRSS")
-    pair = deepinv(n, views, batch) if name == "deepinv" else ours(n, views, batch, name)
-    for run in pair:
-        run()
-    print(resident("VmHWM") - before)
+def _scipy(rays: Rays, batch: int) -> Runs:
+    x, y = (v.numpy() for v in _columns(rays, batch))
+    forward, back = _matrices(rays)
+    op = rays("matrix-free")
+    ours = op(op.domain.randn(batch, 1)).flatten(1).T.numpy().reshape(-1)
+    assert np.abs((forward @ x).reshape(-1) - ours).max() < 1e-4 * np.abs(ours).max()
+    return _products(forward, back, x, y)
 
 
-def main(rounds: int = 5) -> None:
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {rounds} rounds\n")
-    print("| image, views, batch | direction | candidate | CPU ms | wall ms | times faster than deepinv |")
-    print("|---|---|---|---|---|---|")
-    with torch.no_grad():
-        for n, views, batch in CASES:
-            table(candidates(n, views, batch), rounds, f"{n}, {views}, {batch}")
-        print(f"\nnormal at 256, 180, 16: {normals(256, 180, 16, rounds):.2f} times forward and adjoint\n")
-    print("| image, views, batch | candidate | peak MB |\n|---|---|---|")
-    for n, views, batch in CASES[:2]:
-        for name in ("table", "matrix-free", "deepinv"):
-            command = [sys.executable, __file__, "--peak", name, *map(str, (n, views, batch))]
-            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            print(f"| {n}, {views}, {batch} | {name} | {math.ceil(float(out.split()[-1]))} |", flush=True)
+def _torch(rays: Rays, batch: int) -> Runs:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sparse rows are a beta feature
+        forward, back = (
+            torch.sparse_csr_tensor(*(torch.from_numpy(v) for v in (m.indptr, m.indices, m.data)), m.shape)
+            for m in _matrices(rays)
+        )
+    return _products(forward, back, *_columns(rays, batch))
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--peak"]:
-        with torch.no_grad():
-            peak(sys.argv[2], *map(int, sys.argv[3:6]))
-    else:
-        main(*map(int, sys.argv[1:2]))
+def deepinv(rays: Rays, angles: np.ndarray, **options: Any) -> Make:
+    def make(batch: int) -> Runs:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from deepinv.physics import Tomography
+
+        n = rays("matrix-free").domain.shape[-1]
+        degrees = torch.from_numpy(np.rad2deg(angles)).float()
+        physics = Tomography(angles=degrees, img_width=n, circle=False, normalize=False, **options)
+        x = torch.randn(batch, 1, n, n, generator=torch.Generator().manual_seed(1))
+        y = torch.randn_like(physics.A(x))
+        return {
+            "forward": lambda: physics.A(x),
+            "adjoint": lambda: physics.A_adjoint(y),
+            "normal": lambda: physics.A_adjoint_A(x),
+        }
+
+    return make
+
+
+def astra(rays: Rays, *geometry: Any) -> dict[str, Make]:
+    """Return ASTRA's default projector where the toolbox is installed."""
+
+    def make(batch: int) -> Runs:
+        import astra
+
+        from invdiff.bridge.astra import from_projector
+
+        volume = astra.create_vol_geom(*rays("matrix-free").domain.shape[1:])
+        return _runs(from_projector((volume, astra.create_proj_geom(*geometry))), batch)
+
+    return {"ASTRA": make} if find_spec("astra") else {}
+
+
+_TEXT = (
+    "The sparse matrices hold the weights of `invdiff`; they get images as columns, which is not timed. deepinv "
+    "interpolates a rotated image, with its exact adjoint."
+)
+_MEMORY = ("deepinv Tomography", "invdiff, matrix-free", "invdiff, table")
+GROUPS = {
+    "ct-parallel": Group("Parallel beam, 256 x 256, 180 views", _TEXT, parallel(256, 180), memory=_MEMORY),
+    "ct-parallel-512": Group("Parallel beam, 512 x 512, 60 views", _TEXT, parallel(512, 60), (1,)),
+    "ct-fan": Group("Fan beam, 256 x 256, 180 views, flat detector", _TEXT, fan),
+    "ct-cone": Group(
+        "Cone beam, 48 x 48 x 48, 40 views",
+        "The sparse matrices hold the weights of `invdiff`; deepinv has cones through ASTRA on a GPU alone.",
+        cone,
+        (1, 4),
+    ),
+}
