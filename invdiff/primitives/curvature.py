@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from invdiff.likelihoods import Gaussian
 from invdiff.problem import Problem
 from invdiff.spaces import norm, per_row
 
@@ -44,6 +46,11 @@ def stiffness(problem: Problem, x: Tensor, iterations: int = 30) -> Tensor:
         v = curvature(problem, x, v / per_row(torch.where(value > 0, value, torch.ones_like(value)), v))
         value = norm(v)
     return value
+
+
+def operator_norm(problem: Problem, x: Tensor, iterations: int = 30) -> Tensor:
+    """Return the largest singular value of the operator's Jacobian at ``x`` per row, ``(B,)``; see `stiffness`."""
+    return stiffness(replace(problem, likelihood=Gaussian(1.0).to(x.device)), x, iterations).sqrt()
 
 
 def prior_stiffness(pull: Callable[[Tensor], Tensor], v: Tensor, s: float, iterations: int = 4) -> Tensor:

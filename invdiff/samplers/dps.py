@@ -1,6 +1,6 @@
 """DPS: diffusion posterior sampling (Chung, Kim, Mccann, Klasky, Ye, ICLR 2023).
 
-With ``r = y - A(D(x))`` in prior units and ``J`` the Jacobian of ``D``:
+With ``r = y - A(D(x))`` in prior units, and in units of the operator's norm where that is above 1:
 
     x' = ancestral(x, D) - zeta w grad_x ||r||,      w = sqrt((1 + s^2)(1 + t^2))
 
@@ -10,7 +10,7 @@ at once.
 
 Differences from the published code: the norm is per draw, not over the batch; no clamp of ``D`` (it kills
 gradients, and data need not live on [-1, 1]); no learned variance; second-order transition by default
-(``order=1`` is published); any differentiable operator and likelihood; the operator is the same at every call.
+(``order=1`` is published); any differentiable operator and likelihood, of any norm.
 
 The states of deepinv 0.5's ``DPS`` on the same noise and levels, with ``order=1``, ``frame="ve"`` and at each step
 ``zeta = weight (s^2 - t^2)`` times image units per prior unit (1/2 there): its weight multiplies a score.
@@ -25,9 +25,9 @@ from typing import ClassVar, Literal
 import torch
 
 from invdiff.primitives import ddim, extrapolate
+from invdiff.primitives.misfit import misfit_ascent, misfit_unit
 from invdiff.rng import Streams
 from invdiff.sampler import Context, Sampler, State
-from invdiff.spaces import norm, per_row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,18 +61,18 @@ class DPS(Sampler):
     frame: Literal["vp", "ve"] = "vp"
     order: Literal[1, 2] = 2
 
+    def init(self, ctx: Context, rows: int, rng: Streams) -> State:
+        """Start from noise; find the unit of the misfit."""
+        state = super().init(ctx, rows, rng)
+        return {**state, "unit": misfit_unit(ctx.measured, torch.zeros_like(state["x"]))}
+
     def step(self, k: int, state: State, ctx: Context, rng: Streams) -> State:
         """One ancestral step and one gradient of the data misfit."""
         x, (s, t) = state["x"], ctx.level(k)
-        problem = ctx.measured
         d, pull = ctx.denoise.vjp(x, s, once=True)
         noise = ctx.noise(rng, x.shape[0])
-        residual = problem.residual(d)
-        size = norm(residual)
-        unit = torch.where(size > 0, 1 / size.clamp_min(torch.finfo(size.dtype).tiny), torch.zeros_like(size))
-        gain = 1.0 if problem.gain is None else problem.gain
-        # grad_x ||r|| = -J^T A^H r / ||r||, in units of one over data units until divided by the gain
-        ascent = pull(problem.operator.vjp(d, residual * per_row(unit / gain, residual)))
+        ascent = misfit_ascent(ctx.measured, d, pull, state["unit"])
         weight = math.sqrt((1 + s * s) * (1 + t * t)) if self.frame == "vp" else 1.0
         ahead = extrapolate(d, state.get("d") if self.order == 2 else None, ctx.sigmas, k)
-        return {"x": ddim(x, ahead, s, t, 1.0, noise) + self.zeta * weight * ascent, "d": d}
+        x = ddim(x, ahead, s, t, 1.0, noise) + self.zeta * weight * ascent
+        return {"x": x, "d": d, "unit": state["unit"]}

@@ -26,10 +26,10 @@ from typing import ClassVar, Literal
 import torch
 
 from invdiff.primitives import ddim, extrapolate, gaussian_prox
+from invdiff.primitives.misfit import misfit_ascent, misfit_unit
 from invdiff.primitives.replacement import replace_measured
 from invdiff.rng import Streams
 from invdiff.sampler import Context, Sampler, State
-from invdiff.spaces import norm, per_row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,21 +60,22 @@ class MCG(Sampler):
     order: Literal[1, 2] = 2
     cg_iterations: int = 30
 
+    def init(self, ctx: Context, rows: int, rng: Streams) -> State:
+        """Start from noise; find the unit of the misfit."""
+        state = super().init(ctx, rows, rng)
+        return {**state, "unit": misfit_unit(ctx.measured, torch.zeros_like(state["x"]))}
+
     def step(self, k: int, state: State, ctx: Context, rng: Streams) -> State:
         """An ancestral step, the gradient across the data, then the data in place of what they measure."""
         x, (s, t) = state["x"], ctx.level(k)
         problem, rows = ctx.measured, x.shape[0]
         d, pull = ctx.denoise.vjp(x, s, once=True)
-        residual = problem.residual(d)
-        size = norm(residual)
-        unit = torch.where(size > 0, 1 / size.clamp_min(torch.finfo(size.dtype).tiny), torch.zeros_like(size))
-        gain = 1.0 if problem.gain is None else problem.gain
-        # -grad_x ||r|| = J^T A^H r / ||r||, in units of one over data units until divided by the gain
-        ascent = pull(problem.operator.vjp(d, residual * per_row(unit / gain, residual)))
+        ascent = misfit_ascent(problem, d, pull, state["unit"])
         r2 = torch.inf if self.hard else max(t, 1e-8) ** 2
         across = gaussian_prox(problem, ascent, r2, torch.zeros_like(problem.y), self.cg_iterations)
         ahead = extrapolate(d, state.get("d") if self.order == 2 else None, ctx.sigmas, k)
         noise, z = ctx.noise(rng, rows), ctx.noise(rng, rows)
         weight = self.zeta * math.sqrt((1 + s * s) * (1 + t * t))
         x = ddim(x, ahead, s, t, 1.0, noise) + weight * across
-        return {"x": replace_measured(problem, x, t, z, rng, self.hard, self.cg_iterations), "d": d}
+        x = replace_measured(problem, x, t, z, rng, self.hard, self.cg_iterations)
+        return {"x": x, "d": d, "unit": state["unit"]}

@@ -20,15 +20,14 @@ The score is that of deepinv 0.5's ``ALDDataFidelity`` where ``gamma ||A||`` is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from invdiff.errors import InvdiffError
-from invdiff.likelihoods import Gaussian
 from invdiff.primitives import hmc, langevin
-from invdiff.primitives.curvature import stiffness
+from invdiff.primitives.curvature import operator_norm
 from invdiff.rng import Streams
 from invdiff.sampler import Context, Sampler, State
 from invdiff.spaces import per_row
@@ -87,8 +86,7 @@ class ScoreALD(Sampler):
     def init(self, ctx: Context, rows: int, rng: Streams) -> State:
         """Start from noise; find the norm of the operator."""
         x = ctx.noise(rng, rows) * float(ctx.sigmas[0])
-        plain = replace(ctx.measured, likelihood=Gaussian(1.0).to(ctx.device))
-        return {"x": x, "norm": stiffness(plain, x).sqrt()}
+        return {"x": x, "norm": operator_norm(ctx.measured, x)}
 
     def step(self, k: int, state: State, ctx: Context, rng: Streams) -> State:
         """The moves of one level."""

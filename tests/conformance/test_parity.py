@@ -16,6 +16,7 @@ import torch
 import invdiff
 from invdiff import likelihoods, operators, priors, samplers
 from invdiff.codec import Scale
+from invdiff.primitives.misfit import misfit_unit
 from invdiff.prior import Prior
 from invdiff.spaces import Space
 from tests.conformance.replay import Replay, chain, context, record
@@ -142,13 +143,18 @@ def test_ddim_and_ddpm(prior, eta):
 
 @pytest.mark.parametrize("kind", ["mask", "blur", "dense"])
 def test_dps(prior, kind):
-    """Their weight is that of a score: undone by ``zeta = weight (s^2 - t^2) / 2`` (2 is the width of [-1, 1])."""
+    """Their weight is that of a score: undone by ``zeta = weight (s^2 - t^2) / 2`` (2 is the width of [-1, 1]).
+
+    Ours is in units of the operator's norm where that is above 1.
+    """
     noise, p, weight = record(STEPS + 1, 2, SPACE.shape), pair(kind, prior), 3.0
+    beyond = float(misfit_unit(p.problem, SPACE.zeros(1).double())[0])
+    assert (beyond > 1) == (kind == "dense")
     model = deepinv.sampling.DPS(Theirs(prior), num_steps=STEPS + 1, weight=weight)
     levels, theirs = run(model, noise, *p.data)
 
     def ours(s, t):
-        return samplers.DPS(order=1, frame="ve", zeta=weight * (s * s - t * t) / 2)
+        return samplers.DPS(order=1, frame="ve", zeta=beyond * weight * (s * s - t * t) / 2)
 
     same(chain(ours, p.problem, prior, levels, noise), theirs, levels)
 

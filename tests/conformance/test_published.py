@@ -27,7 +27,8 @@ ABAR = [*TABLE[[999, 850, 650, 420, 220, 80, 20, 0]].tolist(), 1.0]
 LEVELS = [math.sqrt((1 - a) / a) for a in ABAR]
 
 _draw = np.random.default_rng(5).standard_normal
-A = 0.3 * torch.from_numpy(_draw((M, N)))
+A = torch.from_numpy(_draw((M, N)))
+A = 0.9 * A / torch.linalg.matrix_norm(A, 2)  # published weights are for norms up to 1
 PINV = torch.linalg.pinv(A)
 P = PINV @ A
 ROOT = torch.from_numpy(_draw((N, N))) / math.sqrt(N)

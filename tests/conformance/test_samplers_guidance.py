@@ -354,3 +354,17 @@ def test_weights_make_up_for_wrong_modes_of_the_mixture():
     weights = np.exp(log_weight - log_weight.max())
     picked = x[np.random.default_rng(0).choice(len(x), len(x), p=weights / weights.sum())]
     assert anchors.grade(picked, exact)["mode_tv"] < 0.12 < anchors.grade(x, exact)["mode_tv"]
+
+
+@pytest.mark.parametrize("name", ["dps", "mcg"])
+def test_units_of_the_data_do_not_matter_to_guidance_by_the_misfit(name):
+    """Operators of norm 10 and 1000, with data and noise scaled alike, are one problem, and no step diverges."""
+    problem, prior, _ = field("blur")
+    made = {}
+    for c in (10.0, 1000.0):
+        scaled = invdiff.Problem(
+            c * problem.operator, likelihoods.Gaussian(c * problem.likelihood.sigma), c * problem.y
+        )
+        made[c] = invdiff.sample(scaled, prior, samplers.get(name, steps=60), draws=2, seed=0).draws.values
+    np.testing.assert_allclose(made[10.0], made[1000.0], rtol=1e-6, atol=1e-6)
+    assert np.abs(made[10.0]).max() < 10
