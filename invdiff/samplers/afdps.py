@@ -10,6 +10,8 @@ prior's ancestral kernel ``N(m, g^2)`` from ``s`` to ``t`` and ``l(x) = log p(y 
 which is the weighted particle system of the paper in the limit of small steps, and needs neither its Laplacian nor
 the divergence of the drift. ``beta_t = (1 - t / s_0) / (1 + L t^2)``, with ``L`` the curvature of ``-l`` along its
 stiffest direction and ``s_0`` the first level: it begins at 0, stays where the step is stable, and ends at 1.
+The weights are heavy-tailed: one run in eight with 2000 particles had its mean off by 0.6 standard deviations in a
+problem of one datum, with an effective sample size of 240, which does not show it. Compare two seeds.
 
 Any likelihood with derivatives; no network gradient. The weights' variance grows with the number of data: meant
 for few of them, or many particles.
