@@ -7,7 +7,7 @@ which extends nothing). Folding is the adjoint of extending.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -95,12 +95,26 @@ def row_blocks(x: Tensor, numbers: int) -> list[slice]:
     return [slice(i, i + step) for i in range(0, max(1, len(x)), step)]
 
 
-def in_blocks(function: Callable[..., Tensor], x: Tensor, h: Tensor) -> Tensor:
-    """Return ``function(x, h)``, a few rows at a time where that keeps them in the cache."""
+def in_blocks(function: Callable[..., Tensor], rows: Sequence[Tensor], cases: Sequence[Tensor]) -> Tensor:
+    """Return ``function(*rows, *cases)``, a few rows at a time where that keeps them in the cache.
+
+    Args:
+        function: Maps tensors of some rows to a tensor of as many.
+        rows: Tensors ``(B, ...)``; the size of the first decides.
+        cases: Tensors ``(1 or B, ...)``.
+    """
+    x = rows[0]
     blocks = row_blocks(x, x[:1].numel())
     if len(blocks) == 1:
-        return function(x, h)
-    return torch.cat([function(x[b], h if len(h) == 1 else h[b]) for b in blocks])
+        return function(*rows, *cases)
+    out = None
+    for b in blocks:
+        part = function(*(r[b] for r in rows), *(c if len(c) == 1 else c[b] for c in cases))
+        if out is None:
+            out = part.new_empty(len(x), *part.shape[1:])
+        out[b] = part
+    assert out is not None
+    return out
 
 
 def direct(x: Tensor, kernel: Tensor) -> Tensor:

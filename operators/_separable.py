@@ -10,12 +10,40 @@ from invdiff.operators._spectral import cut_small
 
 #: Longest axis whose matrix is decomposed.
 LONGEST = 2048
+#: Blocks of rows of a matrix, each with the columns outside which it is zero.
+Blocks = tuple[tuple[slice, slice], ...]
+#: The whole matrix.
+WHOLE: Blocks = ((slice(None), slice(None)),)
+#: Length of an axis per block (measured: shorter blocks cost more than the zeros they spare), and most blocks.
+_STEP, _MOST = 64, 8
 
 
-def multiply(ty: Tensor, tx: Tensor, x: Tensor) -> Tensor:
-    """Return ``T_y x T_x^T`` for matrices ``(1 or B, m, n)`` and images ``(B, ..., y, x)``."""
+def split(pattern: Tensor) -> Blocks:
+    """Return the blocks of a matrix ``(m, n)`` that is zero far from its diagonal."""
+    count = min(_MOST, 1 << max(max(pattern.shape) // _STEP, 1).bit_length() - 1)
+    step = -(-pattern.shape[0] // count)
+    parts = []
+    for start in range(0, pattern.shape[0], step):
+        used = pattern[start : start + step].any(0).nonzero().flatten().tolist() or [0]
+        parts.append((slice(start, start + step), slice(used[0], used[-1] + 1)))
+    return tuple(parts)
+
+
+def multiply(ty: Tensor, tx: Tensor, x: Tensor, by: Blocks = WHOLE, bx: Blocks = WHOLE) -> Tensor:
+    """Return ``T_y x T_x^T`` for matrices ``(1 or B, m, n)`` and images ``(B, ..., y, x)``.
+
+    Args:
+        ty: Matrix along y.
+        tx: Matrix along x.
+        x: Images.
+        by: What of ``ty`` is not zero, from `split`; a CPU multiplies by nothing else.
+        bx: The same of ``tx``.
+    """
     ty, tx = (_broadcast(t, x) for t in (ty, tx))
-    return ty @ (x @ tx.mT)
+    if x.is_cuda or len(by) == len(bx) == 1:
+        return ty @ x @ tx.mT
+    x = torch.cat([ty[..., rows, columns] @ x[..., columns, :] for rows, columns in by], -2)
+    return torch.cat([x[..., columns] @ tx[..., rows, columns].mT for rows, columns in bx], -1)
 
 
 def _broadcast(t: Tensor, x: Tensor) -> Tensor:

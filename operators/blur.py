@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -109,21 +110,23 @@ class Blur(SpectralOperator):
         x = self._enter(x, self.domain)
         if self.method == "separable":
             ty, tx = self._derived(_matrices)
-            return separable.multiply(ty, tx, x)
+            by, bx = (_blocks(k, n, self.boundary)[0] for k, n in zip(self._sizes, self.domain.shape[-2:]))
+            return separable.multiply(ty, tx, x, by, bx)
         if self.method == "direct":
             return convolve.direct(convolve.extend(x, self._sizes, self.boundary), self.kernel)
-        return convolve.in_blocks(self._filter, x, self._transfer)
+        return convolve.in_blocks(self._filter, (x,), (self._transfer,))
 
     def _adjoint(self, y: Tensor) -> Tensor:
         y = self._enter(y, self.range)
         if self.method == "separable":
             ty, tx = self._derived(_matrices)
-            return separable.multiply(ty.mT, tx.mT, y)
+            by, bx = (_blocks(k, n, self.boundary)[1] for k, n in zip(self._sizes, self.domain.shape[-2:]))
+            return separable.multiply(ty.mT, tx.mT, y, by, bx)
         if self.method == "direct":
             ky, kx = self._sizes
             y = torch.nn.functional.pad(y, (kx - 1, kx - 1, ky - 1, ky - 1))
             return convolve.fold(convolve.direct(y, self.kernel.flip(AXES)), self._sizes, self.boundary)
-        return convolve.in_blocks(self._filter_back, y, self._transfer.conj())
+        return convolve.in_blocks(self._filter_back, (y,), (self._transfer.conj(),))
 
     def normal(self, x: Tensor) -> Tensor:
         """Return ``A^H A x``; for periodic images ``F^H |h|^2 F x``, one pair of FFTs."""
@@ -133,7 +136,7 @@ class Blur(SpectralOperator):
         return apply_linear(x, self._normal, self._normal)
 
     def _normal(self, x: Tensor) -> Tensor:
-        return convolve.in_blocks(self._filter, self._enter(x, self.domain), self._transfer.abs().square())
+        return convolve.in_blocks(self._filter, (self._enter(x, self.domain),), (self._transfer.abs().square(),))
 
     @property
     def _transfer(self) -> Tensor:
@@ -206,9 +209,7 @@ class Blur(SpectralOperator):
             )
             return back(k + (forward(y) - h * k) * gain, s=size)
 
-        blocks = convolve.row_blocks(z, self.domain.size)
-        parts = [[p if len(p) == 1 else p[b] for p in (h, power, seen)] for b in blocks]
-        return torch.cat([solve(z[b], y[b], weights[b], *p) for b, p in zip(blocks, parts)])
+        return convolve.in_blocks(solve, (z, y, weights), (h, power, seen))
 
     def svd(self) -> SVD:
         """Return the decomposition, in centred frequencies of the shape of the domain for periodic images."""
@@ -354,6 +355,13 @@ def _matrices(operator: Blur) -> tuple[Tensor, Tensor]:
     ny, nx = operator.domain.shape[-2:]
     ty, tx = (convolve.banded(k, n, operator.boundary) for k, n in zip(factors, (ny, nx)))
     return ty.to(operator.kernel.dtype), tx.to(operator.kernel.dtype)
+
+
+@lru_cache(maxsize=64)
+def _blocks(size: int, n: int, boundary: str) -> tuple[separable.Blocks, separable.Blocks]:
+    """Return the blocks of the matrix of an axis for kernels of ``size``, and of its transpose."""
+    pattern = convolve.banded(torch.ones(1, size), n, boundary)[0]
+    return separable.split(pattern), separable.split(pattern.mT)
 
 
 def _factors(operator: Blur) -> tuple[Tensor, ...]:

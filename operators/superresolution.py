@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -73,15 +74,16 @@ class Downsampling(SpectralOperator):
             if self.blur.n_cases is not None:
                 raise InvdiffError("Downsampling takes one kernel (ky, kx) for all cases.")
         else:
-            make = _cubic_rows if kind == "bicubic" else _mean_rows
             real = self.domain.real_dtype
-            self.rows_y, self.rows_x = (
-                make(n, f)[None].to(real) for n, f in zip(self.domain.shape[-2:], self.factor)
-            )
+            self.rows_y, self.rows_x = (_ROWS[kind](n, f)[None].to(real) for n, f in self._lengths)
         super().__init__()
 
     def _axes(self) -> list[tuple[str, int]]:
         return list(zip(self.domain.dims[-2:], self.factor))
+
+    @property
+    def _lengths(self) -> list[tuple[int, int]]:
+        return list(zip(self.domain.shape[-2:], self.factor))
 
     @property
     def capabilities(self) -> frozenset[str]:
@@ -97,7 +99,8 @@ class Downsampling(SpectralOperator):
         if self.kind == "blur":
             fy, fx = self.factor
             return self.blur._forward(x)[..., ::fy, ::fx]
-        return separable.multiply(self.rows_y, self.rows_x, x)
+        by, bx = (_blocks(self.kind, n, f)[0] for n, f in self._lengths)
+        return separable.multiply(self.rows_y, self.rows_x, x, by, bx)
 
     def _adjoint(self, y: Tensor) -> Tensor:
         y = self._enter(y, self.range)
@@ -106,7 +109,8 @@ class Downsampling(SpectralOperator):
             full = y.new_zeros(len(y), *self.domain.shape)
             full[..., ::fy, ::fx] = y
             return self.blur._adjoint(full)
-        return separable.multiply(self.rows_y.mT, self.rows_x.mT, y)
+        by, bx = (_blocks(self.kind, n, f)[1] for n, f in self._lengths)
+        return separable.multiply(self.rows_y.mT, self.rows_x.mT, y, by, bx)
 
     def svd(self) -> SVD:
         """Return the decomposition in the shape of the range, in centred frequencies for the kind "blur"."""
@@ -154,6 +158,16 @@ def _cubic_rows(n: int, f: int) -> Tensor:
     far = -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2
     weights = torch.where(t < 1, near, torch.where(t < 2, far, torch.zeros_like(t)))
     return weights / weights.sum(1, keepdim=True)
+
+
+_ROWS = {"bicubic": _cubic_rows, "average": _mean_rows}
+
+
+@lru_cache(maxsize=64)
+def _blocks(kind: str, n: int, f: int) -> tuple[separable.Blocks, separable.Blocks]:
+    """Return the blocks of the matrix of an axis and of its transpose."""
+    rows = _ROWS[kind](n, f)
+    return separable.split(rows), separable.split(rows.mT)
 
 
 def _decomposed(operator: Downsampling) -> tuple[Tensor, ...]:

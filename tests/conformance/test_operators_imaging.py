@@ -46,10 +46,12 @@ def test_valid_against_scipy(size: tuple[int, int], method: str) -> None:
 
 
 @pytest.mark.parametrize("boundary", ["circular", "reflect", "zero", "valid"])
-def test_methods_agree_in_both_directions(boundary: str) -> None:
+@pytest.mark.parametrize("shape", [(2, 17, 12), (1, 110, 260)], ids=["small", "in blocks"])
+@pytest.mark.parametrize("cases", [1, 3])
+def test_methods_agree_in_both_directions(cases: int, shape: tuple[int, ...], boundary: str) -> None:
+    kernel = torch.stack([(i + 1) * outer(6, 5) for i in range(cases)])
     ops = [
-        O.Blur(outer(6, 5), (2, 17, 12), boundary=boundary, method=m, dtype=DOUBLE)
-        for m in ("fft", "separable", "direct")
+        O.Blur(kernel, shape, boundary=boundary, method=m, dtype=DOUBLE) for m in ("fft", "separable", "direct")
     ]
     x, y = ops[0].domain.randn(3), ops[0].range.randn(3, 1)
     for op in ops[1:]:
@@ -167,13 +169,31 @@ def test_motion_depends_on_its_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("factor", [2, 3, 4, 6])
-def test_bicubic_against_torch(factor: int) -> None:
-    op = O.Downsampling(factor, (3, 24, 36), dtype=DOUBLE)
-    x = op.domain.randn(2)
+@pytest.mark.parametrize("shape", [(3, 24, 36), (1, 264, 108)], ids=["small", "in blocks"])
+def test_bicubic_against_torch(shape: tuple[int, ...], factor: int) -> None:
+    op = O.Downsampling(factor, shape, dtype=DOUBLE)
+    x = op.domain.randn(2).requires_grad_()
     expected = torch.nn.functional.interpolate(
         x, size=op.range.shape[1:], mode="bicubic", antialias=True, align_corners=False
     )
     torch.testing.assert_close(op(x), expected, atol=1e-6, rtol=0)
+    y = op.range.randn(2, 1)
+    (gradient,) = torch.autograd.grad(expected, x, y)
+    torch.testing.assert_close(op.adjoint(y), gradient, atol=1e-6, rtol=0)
+
+
+def test_blocks_leave_out_zeros_alone() -> None:
+    from invdiff.operators import _separable
+
+    rows = torch.tril(torch.triu(torch.ones(150, 260), -20), 20)
+    rows[149, 259] = 1.0
+    parts = _separable.split(rows)
+    assert len(parts) == 4 and sum(p.numel() for p in (rows[r, c] for r, c in parts)) < 0.6 * rows.numel()
+    kept = torch.zeros_like(rows)
+    for r, c in parts:
+        kept[r, c] += rows[r, c]
+    torch.testing.assert_close(kept, rows, atol=0, rtol=0)
+    assert len(_separable.split(torch.eye(100))) == 1
 
 
 def test_average_against_pooling_and_blur_against_scipy() -> None:
