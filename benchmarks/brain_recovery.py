@@ -215,9 +215,12 @@ CLASSICAL = (
 
 #: The best of `GRIDS` by problem; every sampler also has a row at its own default.
 PEERS: dict[str, dict[str, dict[str, Any]]] = {
-    "DPS": {"8 coils": {"weight": 3.0, "guidance": "annealed"}},
-    "DiffPIR": {"8 coils": {"lambda_": 4.0, "zeta": 1.0}},
-    "DDRM": {},
+    "DPS": {
+        "8 coils": {"weight": 3.0, "guidance": "annealed"},
+        "1 coil": {"weight": 3.0, "guidance": "annealed"},
+    },
+    "DiffPIR": {"8 coils": {"lambda_": 4.0, "zeta": 1.0}, "1 coil": {"lambda_": 2.0, "zeta": 1.0}},
+    "DDRM": {"1 coil": {"eta": 1.0, "etab": 1.0}},
 }
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "DPS": [
