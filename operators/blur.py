@@ -136,12 +136,16 @@ class Blur(SpectralOperator):
         return apply_linear(x, self._normal, self._normal)
 
     def _normal(self, x: Tensor) -> Tensor:
-        return convolve.in_blocks(self._filter, (self._enter(x, self.domain),), (self._transfer.abs().square(),))
+        (power,) = self._derived(_power)
+        return convolve.in_blocks(self._filter, (self._enter(x, self.domain),), (self._over_channels(power),))
 
     @property
     def _transfer(self) -> Tensor:
         """Transfer function on the grid of the transform, half of it for real images, over channels."""
-        (h,) = self._derived(_transfer)
+        return self._over_channels(self._derived(_transfer)[0])
+
+    def _over_channels(self, h: Tensor) -> Tensor:
+        """Return ``(N, y, x)`` with the axes of an image that broadcast."""
         return h.reshape(h.shape[0], *([1] * (len(self.domain.shape) - 2)), *h.shape[-2:])
 
     @property
@@ -195,8 +199,7 @@ class Blur(SpectralOperator):
         z, y = self._enter(z, self.domain), self._enter(y, self.range)
         if not z.numel():
             return z
-        (h,) = self._derived(_kept)
-        h = h.reshape(h.shape[0], *([1] * (len(self.domain.shape) - 2)), *h.shape[-2:])
+        h = self._over_channels(self._derived(_kept)[0])
         power, seen = h.abs().square(), h != 0
         weights = per_row(torch.as_tensor(rho).expand(len(z)), z)
         complex_, size = z.is_complex(), self.lengths
@@ -217,9 +220,7 @@ class Blur(SpectralOperator):
             return super().svd()
         if self.boundary != "circular":
             return separable.separable_svd(self._derived(_factors), self.domain.shape)
-        s, phase = self._derived(_polar)
-        phase = phase.reshape(phase.shape[0], *([1] * (len(self.domain.shape) - 2)), *phase.shape[-2:])
-        s = s.reshape(s.shape[0], *([1] * (len(self.domain.shape) - 2)), *s.shape[-2:])
+        s, phase = (self._over_channels(v) for v in self._derived(_polar))
         seen = s > 0
         forward, back = (centred_fft, centred_ifft) if self.domain.is_complex else (hartley, hartley)
         return SVD(
@@ -329,6 +330,10 @@ def _transfer(operator: Blur) -> tuple[Tensor]:
     """Return the transfer function, half of it for real images, ``(1 or N, y, x or x // 2 + 1)``."""
     transform = torch.fft.fft2 if operator.domain.is_complex else torch.fft.rfft2
     return (transform(embed(operator)).to(operator.domain.real_dtype.to_complex()),)
+
+
+def _power(operator: Blur) -> tuple[Tensor]:
+    return (operator._derived(_transfer)[0].abs().square(),)
 
 
 def _kept(operator: Blur) -> tuple[Tensor]:
