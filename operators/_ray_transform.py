@@ -99,7 +99,8 @@ class RayTransform(ParametricOperator):
         """What computes: as asked, or for "auto" what is fastest on the device that the operator is on."""
         if self.asked != "auto":
             return self.asked
-        walks = self.place.device.type == "cpu" and importlib.util.find_spec("numba") is not None
+        flat, host = len(self.grid.sizes) == 2, self.place.device.type == "cpu"
+        walks = flat and host and importlib.util.find_spec("numba") is not None
         return "table" if self._fits and not walks else "matrix-free"
 
     def describe(self) -> dict[str, Any]:

@@ -48,8 +48,9 @@ class ReadoutBlocks:
 
     def prox(self, z: Tensor, back: Tensor, rho: Tensor) -> Tensor:
         """Return ``z + V (V^H A^H y - values V^H z) / (values + rho)`` for ``back = A^H y``."""
-        c, values = self._analyse(back), self._of_rows(self.values)
-        c = c - values * self._analyse(z)
+        values = self._of_rows(self.values)
+        c, of_z = self._analyse(torch.cat([back, z])).chunk(2)  # the vectors are read once for both
+        c = c - values * of_z
         return z + self._synthesise(over(torch.ones_like(values), values + per_row(rho, c), values > 0) * c)
 
     def conditional(self, z: Tensor, back: Tensor, sigma: Tensor, tau: Tensor, noise: Tensor) -> Tensor:
@@ -75,10 +76,14 @@ class ReadoutBlocks:
         return (lines if self.axis == -2 else lines.mT)[:, None]
 
     def _rotate(self, lines: Tensor, adjoint: bool) -> Tensor:
-        """Multiply by ``V`` or ``V^H``, case by case, so that draws of one case share its factors."""
+        """Multiply by ``V`` or ``V^H``, case by case, so that draws of one case share its factors.
+
+        Rows may be several times those of the operator, one after the other.
+        """
         if self.vectors.shape[0] == 1:
             return _apply(self.vectors[0], lines, adjoint)
-        cases = torch.arange(lines.shape[0]) if self.index is None else self.index
+        cases = torch.arange(self.vectors.shape[0]) if self.index is None else self.index
+        cases = cases.repeat(len(lines) // max(len(cases), 1))
         order = cases.argsort(stable=True)
         groups = [order[cases[order] == case].to(lines.device) for case in cases.unique().tolist()]
         parts = [_apply(self.vectors[int(cases[rows[0]])], lines[rows], adjoint) for rows in groups]
@@ -88,4 +93,6 @@ class ReadoutBlocks:
 def _apply(vectors: Tensor, lines: Tensor, adjoint: bool) -> Tensor:
     """Multiply ``(B, readout, n)`` by ``V_r`` ``(readout, n, n)`` with the rows as columns of one product."""
     columns = lines.permute(1, 2, 0)
-    return ((vectors.mH if adjoint else vectors) @ columns).permute(2, 0, 1)
+    if adjoint:  # V^H c = conj(V^T conj(c)): the product with a conjugated matrix would copy the matrix
+        return (vectors.mT @ columns.conj().resolve_conj()).conj().permute(2, 0, 1).resolve_conj()
+    return (vectors @ columns).permute(2, 0, 1)

@@ -7,7 +7,7 @@ and save 2 of the 14, because cuFFT is closed to what comes before and after it;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -95,13 +95,24 @@ class MultiCoilMRI(SpectralOperator):
 
     def _forward(self, x: Tensor) -> Tensor:
         before, weights, _, _ = self._derived(_factors)
-        x = self._enter(x, self.domain) * before
-        return fft2(x * self.coil_maps).mul_(weights)
+        x = self._enter(x, self.domain)
+        return self._in_blocks(_fused_forward, x, self.range, before, self.coil_maps, weights)
 
     def _adjoint(self, y: Tensor) -> Tensor:
         before, weights, _, conj_maps = self._derived(_factors)
-        k = ifft2(self._enter(y, self.range) * weights.conj(), norm="forward")
-        return k.mul_(conj_maps).sum(1, keepdim=True).mul_(before.conj())
+        y = self._enter(y, self.range)
+        return self._in_blocks(_fused_adjoint, y, self.domain, weights.conj(), conj_maps, before.conj())
+
+    def _in_blocks(self, work: Callable[..., Tensor], x: Tensor, to: Space, *parameters: Tensor) -> Tensor:
+        """Do a few rows at a time on a CPU, with what they have of parameters of one or of all rows."""
+        step = len(x) if x.is_cuda else max(1, _BLOCK // self.range.size)
+        if len(x) <= step:
+            return work(x, *parameters)
+        out = x.new_empty(len(x), *to.shape)
+        for i in range(0, len(x), step):
+            b = slice(i, i + step)
+            work(x[b], *(p if len(p) == 1 else p[b] for p in parameters), out=out[b])
+        return out
 
     def normal(self, x: Tensor) -> Tensor:
         """Return ``sum_c conj(S_c) F^H m F S_c x`` by one pair of bare FFTs, ``(B, 1, y, x)``."""
@@ -111,12 +122,7 @@ class MultiCoilMRI(SpectralOperator):
     def _normal(self, x: Tensor) -> Tensor:
         x = self._enter(x, self.domain)
         _, _, bare, conj_maps = self._derived(_factors)
-        parameters = (self.coil_maps, bare, conj_maps)
-        step = len(x) if x.is_cuda else max(1, _BLOCK // self.range.size)
-        if len(x) <= step:
-            return _fused_normal(x, *parameters)
-        blocks = [slice(i, i + step) for i in range(0, len(x), step)]
-        return torch.cat([_fused_normal(x[b], *(p if len(p) == 1 else p[b] for p in parameters)) for b in blocks])
+        return self._in_blocks(_fused_normal, x, self.domain, self.coil_maps, bare, conj_maps)
 
     def svd(self) -> SVD:
         """Return ``V^H = F S`` with the mask as singular values, for one coil of unit modulus."""
@@ -171,9 +177,22 @@ _BLOCK = 1 << 20
 _UNIT = {torch.complex64: 1e-6, torch.complex128: 1e-14}
 
 
-def _fused_normal(x: Tensor, maps: Tensor, bare_mask: Tensor, conj_maps: Tensor) -> Tensor:
+def _fused_forward(x: Tensor, before: Tensor, maps: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.mul(fft2(x * before * maps), weights, out=out)
+
+
+def _fused_adjoint(
+    y: Tensor, weights: Tensor, conj_maps: Tensor, after: Tensor, out: Tensor | None = None
+) -> Tensor:
+    coils = ifft2(y * weights, norm="forward").mul_(conj_maps)
+    return torch.mul(coils.sum(1, keepdim=True), after, out=out)
+
+
+def _fused_normal(
+    x: Tensor, maps: Tensor, bare_mask: Tensor, conj_maps: Tensor, out: Tensor | None = None
+) -> Tensor:
     k = fft2(x * maps).mul_(bare_mask)
-    return ifft2(k, norm="forward").mul_(conj_maps).sum(1, keepdim=True)
+    return torch.sum(ifft2(k, norm="forward").mul_(conj_maps), 1, keepdim=True, out=out)
 
 
 def _factors(operator: MultiCoilMRI) -> tuple[Tensor, Tensor, Tensor, Tensor]:
