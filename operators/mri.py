@@ -7,6 +7,7 @@ and save 2 of the 14, because cuFFT is closed to what comes before and after it;
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -69,17 +70,15 @@ class MultiCoilMRI(SpectralOperator):
         self.mask = as_kspace_mask(mask, image, ("ky", "kx"), self.domain.real_dtype)
         super().__init__()
         self._unitary = coils == 1 and bool(((self.coil_maps.abs() - 1).abs() < _UNIT[dtype]).all())
-        self._readout = None if self._unitary else self._find_readout()
+        # image axes (-1 or -2) along which every mask is constant: of whole lines, and with factors that fit
+        constant = [a for a in (-1, -2) if bool((self.mask == self.mask.narrow(a, 0, 1)).all())]
+        self._lines = constant[0] if constant else None
+        self._readout = None if self._unitary else next(filter(self._factors_fit, constant), None)
 
-    def _find_readout(self) -> int | None:
-        """Return the image axis (-1 or -2) along which every mask is constant, if its factors fit."""
+    def _factors_fit(self, axis: int) -> bool:
         ny, nx = self.domain.shape[1:]
-        factors = (self.n_cases or 1) * ny * nx * self.domain.dtype.itemsize
-        for axis, length in ((-1, ny), (-2, nx)):
-            constant = bool((self.mask == self.mask.narrow(axis, 0, 1)).all())
-            if constant and factors * length <= self.max_factor_bytes:
-                return axis
-        return None
+        factors = (self.n_cases or 1) * ny * nx * (ny if axis == -1 else nx)
+        return factors * self.domain.dtype.itemsize <= self.max_factor_bytes
 
     @property
     def capabilities(self) -> frozenset[str]:
@@ -122,6 +121,9 @@ class MultiCoilMRI(SpectralOperator):
     def _normal(self, x: Tensor) -> Tensor:
         x = self._enter(x, self.domain)
         _, _, bare, conj_maps = self._derived(_factors)
+        if self._lines is not None and not x.is_cuda:
+            work = functools.partial(_lines_normal, -3 - self._lines)
+            return self._in_blocks(work, x, self.domain, self.coil_maps, self._derived(_line_mask)[0], conj_maps)
         return self._in_blocks(_fused_normal, x, self.domain, self.coil_maps, bare, conj_maps)
 
     def svd(self) -> SVD:
@@ -173,6 +175,10 @@ class MultiCoilMRI(SpectralOperator):
 #: by the allocator at every call (measured: 1.5 times slower at 4 rows of 16 x 320 x 320).
 _BLOCK = 1 << 20
 
+#: The same for one-dimensional transforms, which stay in the nearest caches (measured: 2 to 3 times faster than a
+#: pair of bare 2-D FFTs at 16 x 320 x 320).
+_LINES = 1 << 17
+
 #: How far a map may be from unit modulus and still count as unitary.
 _UNIT = {torch.complex64: 1e-6, torch.complex128: 1e-14}
 
@@ -193,6 +199,27 @@ def _fused_normal(
 ) -> Tensor:
     k = fft2(x * maps).mul_(bare_mask)
     return torch.sum(ifft2(k, norm="forward").mul_(conj_maps), 1, keepdim=True, out=out)
+
+
+def _lines_normal(
+    axis: int, x: Tensor, maps: Tensor, line_mask: Tensor, conj_maps: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """The normal operator of whole lines: along them the FFT cancels, and what is left is one-dimensional."""
+    out = torch.empty_like(x) if out is None else out
+    out.zero_()
+    step = max(1, _LINES // x.numel())
+    for c in range(0, maps.shape[1], step):
+        k = torch.fft.fft(x * maps[:, c : c + step], dim=axis).mul_(line_mask)
+        out += torch.fft.ifft(k, dim=axis, norm="forward").mul_(conj_maps[:, c : c + step]).sum(1, keepdim=True)
+    return out
+
+
+def _line_mask(operator: MultiCoilMRI) -> tuple[Tensor]:
+    """Return the mask along the other axis in the order of a bare FFT, with the scaling of the FFTs."""
+    assert operator._lines is not None
+    axis = -3 - operator._lines
+    line = operator.mask.narrow(operator._lines, 0, 1)
+    return (torch.fft.ifftshift(line, axis) / line.shape[axis],)
 
 
 def _factors(operator: MultiCoilMRI) -> tuple[Tensor, Tensor, Tensor, Tensor]:
