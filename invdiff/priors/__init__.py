@@ -6,11 +6,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from invdiff.priors.checks import check_denoiser as check_denoiser
+    from invdiff.priors.frames import EDM as EDM
+    from invdiff.priors.frames import VE as VE
+    from invdiff.priors.frames import VP as VP
+    from invdiff.priors.frames import Flow as Flow
     from invdiff.priors.gaussian import Gaussian as Gaussian
     from invdiff.priors.gaussian import StationaryGaussian as StationaryGaussian
     from invdiff.priors.gaussian import power_law_spectrum as power_law_spectrum
     from invdiff.priors.joint import Joint as Joint
     from invdiff.priors.mixture import GaussianMixture as GaussianMixture
+    from invdiff.priors.parametrisation import from_network as from_network
     from invdiff.priors.slices import SlicePrior as SlicePrior
 
 _HOME = {
@@ -20,6 +26,12 @@ _HOME = {
     "GaussianMixture": "mixture",
     "Joint": "joint",
     "SlicePrior": "slices",
+    "from_network": "parametrisation",
+    "VP": "frames",
+    "VE": "frames",
+    "EDM": "frames",
+    "Flow": "frames",
+    "check_denoiser": "checks",
     "load": "library",
     "available": "library",
     "card": "library",

@@ -1,0 +1,132 @@
+"""Self-test of a denoiser on clean samples: does it remove the noise it says it removes?
+
+The exact denoiser satisfies every line of the report, whatever the data; a mistaken schedule, parametrisation,
+range or channel order breaks some. What no such test sees: whether the samples are those of its training.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from invdiff.errors import InvdiffError
+from invdiff.prior import Denoiser, Prior
+from invdiff.testing import Check, Report
+
+__all__ = ["check_denoiser"]
+
+#: Slack of the denoising error over the best shrinkage of every pixel alike.
+ERROR_SLACK = 1.1
+#: How far the best step along ``D(x) - x`` may be from 1, the exact denoiser's; trained ones reach 0.17 at the
+#: lowest level.
+STEP_SLACK = 0.2
+#: Noise levels that are checked.
+LEVELS = 8
+
+
+def check_denoiser(denoiser: Denoiser | Prior, samples: Tensor, seed: int = 0, repeats: int = 1) -> Report:
+    """Check a denoiser against clean samples.
+
+    With ``x = x0 + sigma eps`` at levels spread over the denoiser's range:
+
+    * error: ``rms(D - x0)`` at most 1.1 times ``sigma s / sqrt(sigma^2 + s^2)``, the error of the best shrinkage
+      towards the mean, ``s`` the samples' spread; it tends to ``sigma`` at low noise and to ``s`` at high noise;
+    * step: ``<x0 - x, D - x> / |D - x|^2``, which is 1 for ``E[x0 | x]``, as the error is orthogonal to any
+      function of ``x``; above 1 it removes too little, below 1 too much. Within 0.2 and four standard errors;
+    * order: errors that fall with the noise;
+    * ends: ``D`` stays within 1.5 ``sigma`` of ``x`` at the lowest level, and its mean within a quarter of the
+      spread (and three standard errors) of the samples' mean at the highest, where that is at least 5 spreads;
+    * rows that do not depend on each other, repeatability, finite float32 at both ends of the range.
+
+    Args:
+        denoiser: The denoiser, or a prior; samples are in the denoiser's coordinates, or in those of the images
+            where the prior has a codec.
+        samples: ``(B, *shape)`` clean data, not met in training; two or more rows. A few thousand values in all
+            make the figures sharp.
+        seed: Seed of the noise.
+        repeats: Draws of noise per sample.
+
+    Returns:
+        A report; ``report.ok`` is the verdict and ``print(report)`` shows every figure.
+
+    Raises:
+        InvdiffError: If there are fewer than two samples, or none of their values differ.
+    """
+    name = denoiser.name if isinstance(denoiser, Prior) else type(denoiser).__name__
+    if isinstance(denoiser, Prior):
+        samples = samples if denoiser.codec is None else denoiser.codec.encode(samples)
+        denoiser = denoiser.denoiser
+    if len(samples) < 2 or not float(samples.std()) > 0:
+        raise InvdiffError("Checking a denoiser needs at least two clean samples that are not constant.")
+    with torch.no_grad():
+        x0 = samples.to(denoiser.dtype).repeat(repeats, *[1] * (samples.ndim - 1))
+        checks = (*_levels(denoiser, x0, seed, repeats), *_rows(denoiser, x0, seed), *_float32(denoiser, x0, seed))
+    return Report(name, checks)
+
+
+def _noise(like: Tensor, seed: int) -> Tensor:
+    # Far from small seeds, by which the samples may have been drawn: the same numbers in both would bias all.
+    g = torch.Generator().manual_seed(0x1D1FF000000 + seed)
+    draw = torch.randn(like.shape, generator=g, dtype=torch.float64)
+    return draw.to(like)
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+def _levels(d: Denoiser, x0: Tensor, seed: int, repeats: int) -> Iterator[Check]:
+    """Error, step, order and ends."""
+    spread, middle = float(x0.double().std(correction=0)), float(x0.double().mean())
+    grid = torch.logspace(math.log10(d.sigma_min), math.log10(d.sigma_max), LEVELS, dtype=torch.float64)
+    errors = []
+    for k, sigma in enumerate(grid.clamp(d.sigma_min, d.sigma_max).tolist()):
+        x = x0 + sigma * _noise(x0, seed + k)
+        out = d(x, torch.full((len(x),), sigma, dtype=x.dtype, device=x.device))
+        errors.append(_rms(out - x0))
+        best = sigma * spread / math.hypot(sigma, spread)
+        yield Check(f"error at sigma {sigma:.3g}", errors[-1], ERROR_SLACK * best)
+        move, wanted = (out - x).double(), (x0 - x).double()
+        step = float((wanted * move).sum() / move.square().sum().clamp_min(1e-300))
+        # Where next to nothing is to be removed, its amount is known poorly.
+        sampling = errors[-1] / max(_rms(move), 1e-150) / math.sqrt(x0.numel())
+        bound = STEP_SLACK + 4 * sampling
+        yield Check(f"step at sigma {sigma:.3g}", abs(step - 1), bound, f"{step:.3f}, ideal 1")
+        if k == 0:
+            yield Check("stays at the lowest level", _rms(out - x) / sigma, 1.5, "in sigma")
+    # A rise within the noise of the figures is none.
+    rise = float(torch.tensor([a / b for a, b in itertools.pairwise(errors)]).max())  # NaN stays NaN
+    yield Check("error falls with the noise", rise, 1.02, "largest ratio of neighbours")
+    if d.sigma_max >= 5 * spread:
+        off = abs(float(out.double().mean()) - middle) / spread
+        # Few samples know their own mean poorly.
+        sampling = float(x0.double().flatten(1).mean(1).std()) / math.sqrt(len(x0) / repeats) / spread
+        yield Check("mean at the highest level", off, 0.25 + 3 * sampling, "in spreads of the samples")
+
+
+def _rows(d: Denoiser, x0: Tensor, seed: int) -> Iterator[Check]:
+    """Rows one by one against the batch, each with its own level; twice the same."""
+    ends = torch.logspace(math.log10(d.sigma_min), math.log10(d.sigma_max), len(x0[:4]) + 2, dtype=torch.float64)
+    sigma = ends[1:-1].to(x0)
+    x = x0[:4] + sigma.reshape(-1, *[1] * (x0.ndim - 1)) * _noise(x0[:4], seed + LEVELS)
+    out = d(x, sigma)
+    bound = 1e-8 if x.dtype == torch.float64 else 1e-3
+    alone = torch.cat([d(x[i : i + 1], sigma[i : i + 1]) for i in range(len(x))])
+    scale = _rms(out) + 1e-30
+    yield Check("rows are independent", _rms(alone - out) / scale, bound)
+    yield Check("repeatable", _rms(d(x, sigma) - out) / scale, 1e-2 * bound)
+
+
+def _float32(d: Denoiser, x0: Tensor, seed: int) -> Iterator[Check]:
+    """Finite output in float32 at both ends."""
+    single = d if d.dtype == torch.float32 else d.to(dtype=torch.float32)
+    bad = 0
+    for sigma in (d.sigma_min, d.sigma_max):
+        x = x0[:2].float() + sigma * _noise(x0[:2].float(), seed)
+        level = torch.full((len(x),), sigma, dtype=torch.float32, device=x.device)
+        bad += int((~single(x, level).isfinite()).sum())
+    yield Check("finite in float32 at both ends", float(bad), 0.0, "values that are not")
