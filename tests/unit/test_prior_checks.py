@@ -91,7 +91,7 @@ def test_mixed_rows_chance_and_nan_are_rejected(field):
 
     assert "repeatable" in failed(denoiser(shaken), samples)
     assert "finite in float32 at both ends" in failed(
-        denoiser(lambda d, s: d / 0 if d.dtype == torch.float32 else d), samples
+        denoiser(lambda d, s: d / 0 if s.dtype == torch.float32 else d), samples
     )
     assert failed(denoiser(lambda d, s: d * torch.nan), samples)
 
