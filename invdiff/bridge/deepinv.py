@@ -22,11 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from invdiff import likelihoods
-from invdiff.codec import AffineCodec, ComplexChannels
+from invdiff.codec import AffineCodec
 from invdiff.errors import InvdiffError
 from invdiff.likelihood import Likelihood
 from invdiff.operator import LinearOperator, Operator
-from invdiff.prior import Denoiser, Prior
+from invdiff.prior import Prior
+from invdiff.priors.frames import VE
+from invdiff.priors.parametrisation import from_network
 from invdiff.problem import Problem
 from invdiff.spaces import Space
 from invdiff.tensors import tensor_digest
@@ -287,25 +289,6 @@ def to_noise(likelihood: Likelihood) -> Any:
     )
 
 
-class ModuleDenoiser(Denoiser):
-    """A deepinv denoiser ``f(x, sigma)`` on real images; it is in the variance-exploding frame already."""
-
-    def __init__(self, model: nn.Module, space: Space, sigma_min: float, sigma_max: float) -> None:
-        self.model, self.space, self.channels, self.dtype = model, space, space.shape[0], space.dtype
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
-
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return ``f(x, sigma)`` in the model's precision, given back in that of ``x``."""
-        level = torch.as_tensor(sigma, device=x.device).to(self.dtype).reshape(-1).expand(x.shape[0])
-        return self.model(x.to(self.dtype), level).to(x.dtype)
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
-        """Return a copy on another device or in another precision."""
-        new = super().to(device, dtype)
-        new.model = _moved(self.model, device, dtype)
-        return new
-
-
 def from_denoiser(
     model: nn.Module,
     image: Space | Sequence[int],
@@ -329,14 +312,10 @@ def from_denoiser(
     Raises:
         InvdiffError: If levels are not ``0 < sigma_min < sigma_max``.
     """
-    if not 0 < sigma_min < sigma_max:
-        raise InvdiffError(f"Noise levels must satisfy 0 < sigma_min < sigma_max, got {sigma_min}, {sigma_max}.")
     space = image if isinstance(image, Space) else Space(tuple(image))
-    codec = ComplexChannels(space) if space.is_complex else None
-    own = copy.deepcopy(model).eval().requires_grad_(False).to(space.real_dtype)
-    denoiser = ModuleDenoiser(own, codec.prior if codec else space, sigma_min, sigma_max)
-    about = {"name": f"deepinv {type(model).__name__}", "sha256": _state(own), **(card or {})}
-    return Prior(denoiser, codec, about)
+    frame = VE(sigma_min, sigma_max)
+    about = {"name": f"deepinv {type(model).__name__}", **(card or {})}
+    return from_network(model, "x0", frame, space, outside="clamp", card=about)
 
 
 def to_denoiser(prior: Prior, image: Space | None = None, *, interval: tuple[float, float] = (0.0, 1.0)) -> Any:

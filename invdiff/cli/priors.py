@@ -1,16 +1,20 @@
-"""``invdiff priors``: list the embedded priors, show a card, verify weights."""
+"""``invdiff priors``: list the embedded priors, show a card, verify weights, check the denoising."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from invdiff.cli.check_operator import FAILED
 from invdiff.cli.guard import guarded
 from invdiff.cli.options import Debug, Json, print_json
 from invdiff.cli.output import console, print_facts, table
 from invdiff.errors import InvdiffError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 app = typer.Typer(help="List, describe and verify priors.", invoke_without_command=True)
 Name = Annotated[str, typer.Argument(help="Name of an embedded prior, or a .safetensors file with its card.")]
@@ -93,6 +97,65 @@ def verify(name: Name, json: Json = False, debug: Debug = False) -> None:
         out.add_row(f"{sigma:g}", f"{rmse:.4g}", f"{stated:.4g}")
     console().print(out)
     console().print("The prior is as its card says.", markup=False)
+
+
+@app.command("check")
+@guarded
+def check(
+    name: Name,
+    samples: Annotated[
+        Path | None,
+        typer.Option(
+            "--samples",
+            help="A .npy array (case, channel, y, x) of clean images in prior units; head slices if left out.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the noise.")] = 0,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Denoise clean images at every noise level and judge the errors; exit code 3 if a check fails."""
+    from invdiff.priors import library
+    from invdiff.priors.checks import check_denoiser
+
+    prior = library.load(name)
+    clean = _clean(samples, prior.denoiser.channels)
+    multiple = prior.denoiser.network.multiple  # type: ignore[attr-defined]
+    ny, nx = (n - n % multiple for n in clean.shape[-2:])
+    report = check_denoiser(prior, clean[..., :ny, :nx], seed=seed)
+    if json:
+        checks = [{"name": c.name, "error": c.error, "bound": c.bound, "ok": c.ok} for c in report.checks]
+        print_json({"prior": prior.name, "ok": report.ok, "failed": list(report.failed), "checks": checks})
+    else:
+        console().print(str(report), markup=False, highlight=False)
+    if not report.ok:
+        raise typer.Exit(FAILED)
+
+
+def _clean(path: Path | None, channels: int) -> Tensor:
+    """Clean images from a file, or the stored head slices as the network takes them."""
+    import numpy as np
+    import torch
+
+    from invdiff.priors.held_out import count, held_out_slice
+
+    if path is None:
+        slices = [held_out_slice(i) for i in range(count())]
+        planes = [[x.real, x.imag] if channels == 2 else [np.abs(x)] * channels for x in slices]
+        return torch.from_numpy(np.asarray(planes, np.float32))
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InvdiffError(f"{path} cannot be read as a .npy array ({str(error)[:200]}).") from error
+    if (
+        not isinstance(array, np.ndarray)
+        or array.ndim != 4
+        or array.shape[1] != channels
+        or array.dtype.kind != "f"
+    ):
+        found = getattr(array, "shape", type(array).__name__)
+        raise InvdiffError(f"{path} holds {found}, expected real images (case, {channels}, y, x).")
+    return torch.from_numpy(array.astype(np.float32))
 
 
 def _short(value: Any) -> str:

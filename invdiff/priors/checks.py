@@ -21,9 +21,9 @@ __all__ = ["check_denoiser"]
 
 #: Slack of the denoising error over the best shrinkage of every pixel alike.
 ERROR_SLACK = 1.1
-#: How far the best step along ``D(x) - x`` may be from 1, the exact denoiser's; trained ones reach 0.17 at the
-#: lowest level.
-STEP_SLACK = 0.2
+#: How far the best step along ``D(x) - x`` may be from 1, the exact denoiser's; twice that at the lowest level,
+#: where trained networks are weakest (0.17 off in the embedded prior, 0.03 at every other level).
+STEP_SLACK = 0.1
 #: Noise levels that are checked.
 LEVELS = 8
 
@@ -36,7 +36,8 @@ def check_denoiser(denoiser: Denoiser | Prior, samples: Tensor, seed: int = 0, r
     * error: ``rms(D - x0)`` at most 1.1 times ``sigma s / sqrt(sigma^2 + s^2)``, the error of the best shrinkage
       towards the mean, ``s`` the samples' spread; it tends to ``sigma`` at low noise and to ``s`` at high noise;
     * step: ``<x0 - x, D - x> / |D - x|^2``, which is 1 for ``E[x0 | x]``, as the error is orthogonal to any
-      function of ``x``; above 1 it removes too little, below 1 too much. Within 0.2 and four standard errors;
+      function of ``x``; above 1 it removes too little, below 1 too much. Within 0.1 (0.2 at the
+      lowest level) and four standard errors;
     * order: errors that fall with the noise;
     * ends: ``D`` stays within 1.5 ``sigma`` of ``x`` at the lowest level, and its mean within a quarter of the
       spread (and three standard errors) of the samples' mean at the highest, where that is at least 5 spreads;
@@ -94,7 +95,7 @@ def _levels(d: Denoiser, x0: Tensor, seed: int, repeats: int) -> Iterator[Check]
         step = float((wanted * move).sum() / move.square().sum().clamp_min(1e-300))
         # Where next to nothing is to be removed, its amount is known poorly.
         sampling = errors[-1] / max(_rms(move), 1e-150) / math.sqrt(x0.numel())
-        bound = STEP_SLACK + 4 * sampling
+        bound = STEP_SLACK * (1 if k else 2) + 4 * sampling
         yield Check(f"step at sigma {sigma:.3g}", abs(step - 1), bound, f"{step:.3f}, ideal 1")
         if k == 0:
             yield Check("stays at the lowest level", _rms(out - x) / sigma, 1.5, "in sigma")

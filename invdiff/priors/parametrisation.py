@@ -29,7 +29,7 @@ from invdiff.errors import InvdiffError
 from invdiff.prior import Denoiser, Prior
 from invdiff.priors.frames import EDM, Flow, Frame
 from invdiff.spaces import Space, per_row
-from invdiff.tensors import tensor_digest
+from invdiff.tensors import move, tensor_digest
 
 __all__ = ["PARAMETRISATIONS", "ParametrisedDenoiser", "from_network"]
 
@@ -144,11 +144,16 @@ class ParametrisedDenoiser(Denoiser):
 
 
 def _placed(network: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
-    """Return the network itself where nothing moves, else a copy."""
+    """Return the network itself where nothing moves, else a copy; complex weights stay complex."""
     held = [*network.parameters(), *network.buffers()]
     goes = device is not None and any(t.device != torch.device(device) for t in held)
     turns = dtype is not None and any(t.is_floating_point() and t.dtype != dtype for t in held)
-    return copy.deepcopy(network).to(device=device, dtype=dtype) if goes or turns else network
+    return _cast(copy.deepcopy(network), device, dtype) if goes or turns else network
+
+
+def _cast(network: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
+    apply: Callable[[Callable[[Tensor], Tensor]], nn.Module] = network._apply
+    return apply(lambda t: move(t, device, dtype))
 
 
 def from_network(
@@ -205,8 +210,11 @@ def from_network(
         codec = units if codec is None else units @ codec
     about = {"name": getattr(network, "__name__", type(network).__name__)}
     if isinstance(network, nn.Module):
-        network = copy.deepcopy(network).eval().requires_grad_(False).to(network_dtype or space.real_dtype)
-        about["sha256"] = tensor_digest({k: v.float() for k, v in network.state_dict().items()})
+        network = copy.deepcopy(network).eval().requires_grad_(False)
+        network = _cast(network, None, network_dtype or space.real_dtype)
+        # numpy, which feeds the digest, has no bfloat16.
+        state = {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in network.state_dict().items()}
+        about["sha256"] = tensor_digest(state)
     denoiser = ParametrisedDenoiser(
         network,
         parametrisation,

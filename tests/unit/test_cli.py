@@ -346,6 +346,15 @@ class TestPriors:
         assert "card" in refuse(folder, "priors", "verify", "grey.safetensors")
         assert "Unknown prior" in refuse(folder, "priors", "card", "nothing")
 
+    def test_check(self, folder):
+        assert "brain-mri: pass" in run("priors", "check", "brain-mri").stdout
+        images = np.random.default_rng(0).standard_normal((2, 2, 16, 16)).astype(np.float32)
+        np.save(folder / "noise.npy", images)
+        found = run("priors", "check", "brain-mri", "--samples", folder / "noise.npy", "--json", code=3)
+        assert json.loads(found.stdout)["failed"]
+        np.save(folder / "flat.npy", images[0])
+        assert "expected real images" in refuse(folder, "priors", "check", "brain-mri", "--samples", "flat.npy")
+
 
 class TestTrain:
     def tiny(self, folder):
