@@ -77,6 +77,7 @@ class ParametrisedDenoiser(Denoiser):
         outside: str = "error",
         network_dtype: torch.dtype | None = None,
         differentiable: int = 2,
+        sigma_data: float | None = None,
     ) -> None:
         if parametrisation not in PARAMETRISATIONS:
             raise InvdiffError(
@@ -93,6 +94,8 @@ class ParametrisedDenoiser(Denoiser):
         self.learned_variance, self.outside, self.differentiable = learned_variance, outside, differentiable
         self.sigma_min, self.sigma_max = frame.sigma_min, frame.sigma_max
         self.channels, self.dtype = space.shape[0], space.dtype
+        known = frame.sigma_data if isinstance(frame, EDM) else 1.0
+        self.sigma_data = known if sigma_data is None else float(sigma_data)
         #: None where the network follows the denoiser's precision.
         self.network_dtype = network_dtype
 
@@ -168,6 +171,7 @@ def from_network(
     outside: str = "error",
     network_dtype: torch.dtype | None = None,
     differentiable: int = 2,
+    sigma_data: float | None = None,
     card: Mapping[str, Any] | None = None,
 ) -> Prior:
     """Return a network as a prior: ``D(x, sigma) = a x + b network(c x, time)``, see the table of this module.
@@ -189,11 +193,13 @@ def from_network(
         network_dtype: Precision of the network's input, and of its weights where it is a module; None follows the
             image's. Half precision here keeps everything around the network in the image's precision.
         differentiable: How many times the network can be differentiated (0, 1 or 2).
+        sigma_data: Standard deviation of one component of an image in network units, which some samplers take for
+            the width at high noise; None takes that of the frame ``EDM``, 1 elsewhere.
         card: Name, licence, training data; passed on to provenance.
 
     Raises:
-        InvdiffError: If names are unknown, frame and parametrisation do not go together, or ranges are not pairs
-            ``low < high`` given together.
+        InvdiffError: If names are unknown, frame and parametrisation do not go together, ranges are not pairs
+            ``low < high`` given together, or ``sigma_data`` is not positive.
     """
     space = image if isinstance(image, Space) else Space(tuple(image))
     codec: Codec | None = ComplexChannels(space) if space.is_complex else None
@@ -209,6 +215,8 @@ def from_network(
         units = Scale(space, gain, floor - gain * low)
         codec = units if codec is None else units @ codec
     about = {"name": getattr(network, "__name__", type(network).__name__)}
+    if sigma_data is not None and not 0 < sigma_data < float("inf"):
+        raise InvdiffError(f"sigma_data must be positive, got {sigma_data:g}.")
     if isinstance(network, nn.Module):
         network = copy.deepcopy(network).eval().requires_grad_(False)
         network = _cast(network, None, network_dtype or space.real_dtype)
@@ -224,5 +232,6 @@ def from_network(
         outside=outside,
         network_dtype=network_dtype,
         differentiable=differentiable,
+        sigma_data=sigma_data,
     )
     return Prior(denoiser, codec, {**about, **(card or {})})

@@ -173,6 +173,14 @@ def test_ranges_become_an_affine_codec(gaussian):
     assert torch.equal(prior.codec.encode(image), ends)
 
 
+def test_spread_of_the_data():
+    def spread(*args, **options):
+        return from_network(abs, *args, SPACE, **options).denoiser.sigma_data
+
+    assert spread("edm", EDM(0.7)) == 0.7 and spread("x0", VE(0.1, 1)) == 1
+    assert spread("edm", EDM(0.7), sigma_data=0.3) == 0.3
+
+
 def test_complex_images_are_two_channels():
     space = invdiff.Space((1, 4, 4), torch.complex64)
     prior = from_network(lambda z, t: z, "x0", VE(0.1, 1), space, network_range=(-1, 1), image_range=(-2, 2))
@@ -260,6 +268,7 @@ def test_levels_outside(gaussian):
             ),
             "symmetric about zero",
         ),
+        (lambda: from_network(abs, "x0", VE(0.1, 1), (1, 4), sigma_data=0.0), "sigma_data must be positive"),
         (lambda: VE(1, 0.1), "0 < sigma_min < sigma_max"),
         (lambda: VE(0.1, 1, time="t"), "'sigma' or 'log_sigma'"),
         (lambda: EDM(0.0), "sigma_data must be positive"),

@@ -65,6 +65,16 @@ def test_wrong_table_is_rejected(field, other):
     )
 
 
+class Misjudged(VP):
+    def time(self, sigma):
+        return super().time(1.5 * sigma)
+
+
+def test_levels_that_are_half_too_large_are_rejected(field):
+    wrong = failed(from_network(epsilon(field), "epsilon", Misjudged.from_betas(), SPACE), field[1])
+    assert any(n.startswith("step at") for n in wrong)
+
+
 def test_wrong_range_is_rejected(field):
     """Images in [-1, 1], declared to be [0, 1]."""
     network = epsilon(field)
