@@ -26,6 +26,8 @@ from invdiff.operators._lanes import fma, load, store, zeros
 from invdiff.operators._rays import Grid, TraceViews, blocks, bounds, others
 
 Array: TypeAlias = np.ndarray
+#: First datum; low, high, length, p and q of a `Part`; steps along the axis; sizes of the others; strides of both.
+Walk: TypeAlias = tuple[int, Array, Array, Array, Array, Array, int, Array, int, Array]
 
 #: Rays that are traced at once.
 _RAYS = 1 << 18
@@ -85,9 +87,9 @@ class HostRays:
         with _Threads() as threads:
             for part in self.parts:
                 pieces = np.array_split(part.which, threads.count)
+                walk = self._walk(part, sums)
                 for source, out in zip(sources, sums):
-                    walk = self._walk(part, source)
-                    threads.run(forward, [(_flat(source), _flat(out), piece, *walk) for piece in pieces])
+                    threads.run(forward, [(_flat(source), _flat(out), piece, walk) for piece in pieces])
         return sums.mT.reshape(-1, self.data)[: len(x)]
 
     def back_project(self, y: Tensor) -> Tensor:
@@ -102,8 +104,9 @@ class HostRays:
         with _Threads() as threads:
             for part in self.parts:
                 slabs = np.linspace(0, int(part.high.max()), threads.count + 1).astype(np.int64)
+                walk = self._walk(part, sources)
                 for source, image in zip(sources, images):
-                    work = (_flat(source), _flat(image), part.which, *self._walk(part, source))
+                    work = (_flat(source), _flat(image), part.which, walk)
                     threads.run(backward, [(*work, *slab) for slab in itertools.pairwise(slabs)])
         inner = (*(slice(1, n + 1) for n in self.grid.sizes),)
         return torch.cat([image[inner].reshape(-1, lanes).mT for image in images])[: len(y)]
@@ -121,16 +124,15 @@ class HostRays:
         row = self.grid.sizes[-1] + 2
         return row + (row * lanes * itemsize % 4096 == 0)
 
-    def _walk(self, part: Part, source: Tensor) -> tuple[Any, ...]:
-        """Return the numbers of a part as the kernels take them, with strides in a bordered image."""
+    def _walk(self, part: Part, columns: Tensor) -> Walk:
+        """Return a part as the kernels take it, in the precision of the data ``(..., lanes)``."""
         sizes = self.grid.sizes
-        row = self._row(source.shape[-1], source.element_size())
+        row = self._row(columns.shape[-1], columns.element_size())
         strides = np.cumprod([1, row, *(n + 2 for n in sizes[-2:0:-1])])[: len(sizes)][::-1]
         rest = list(others(part.axis, len(sizes)))
-        length = part.length.astype(source.numpy().dtype)
-        walls = np.asarray([sizes[a] for a in rest])
-        return (part.first, part.low, part.high, length, part.p, part.q, sizes[part.axis], walls,
-                strides[part.axis], np.ascontiguousarray(strides[rest]))  # fmt: skip
+        length, walls = part.length.astype(columns.numpy().dtype), np.asarray([sizes[a] for a in rest])
+        along, across = int(strides[part.axis]), np.ascontiguousarray(strides[rest])
+        return part.first, part.low, part.high, length, part.p, part.q, sizes[part.axis], walls, along, across
 
 
 def ray_bytes(dims: int) -> int:
@@ -199,21 +201,8 @@ def _kernels(lanes: int, dims: int) -> tuple[Callable[..., None], Callable[..., 
 
 def _kernels_2d(lanes: int) -> tuple[Callable[..., None], Callable[..., None]]:
     @njit(nogil=True, cache=True)
-    def forward(
-        x: Array,
-        out: Array,
-        which: Array,
-        first: int,
-        low: Array,
-        high: Array,
-        length: Array,
-        p: Array,
-        q: Array,
-        reach: int,
-        walls: Array,
-        step: int,
-        strides: Array,
-    ) -> None:
+    def forward(x: Array, out: Array, which: Array, walk: Walk) -> None:
+        first, low, high, length, p, q, reach, walls, step, strides = walk
         where, w = np.empty(reach, np.int64), np.empty((2, reach), x.dtype)
         stride = strides[0] * lanes
         for i in range(which.size):
@@ -237,23 +226,8 @@ def _kernels_2d(lanes: int) -> tuple[Callable[..., None], Callable[..., None]]:
             store(out, (first + k) * lanes, total)
 
     @njit(nogil=True, cache=True)
-    def backward(
-        y: Array,
-        out: Array,
-        which: Array,
-        first: int,
-        low: Array,
-        high: Array,
-        length: Array,
-        p: Array,
-        q: Array,
-        reach: int,
-        walls: Array,
-        step: int,
-        strides: Array,
-        begin: int,
-        end: int,
-    ) -> None:
+    def backward(y: Array, out: Array, which: Array, walk: Walk, begin: int, end: int) -> None:
+        first, low, high, length, p, q, reach, walls, step, strides = walk
         where, w = np.empty(reach, np.int64), np.empty((2, reach), y.dtype)
         stride = strides[0] * lanes
         for i in range(which.size):
@@ -271,21 +245,8 @@ def _kernels_2d(lanes: int) -> tuple[Callable[..., None], Callable[..., None]]:
 
 def _kernels_3d(lanes: int) -> tuple[Callable[..., None], Callable[..., None]]:
     @njit(nogil=True, cache=True)
-    def forward(
-        x: Array,
-        out: Array,
-        which: Array,
-        first: int,
-        low: Array,
-        high: Array,
-        length: Array,
-        p: Array,
-        q: Array,
-        reach: int,
-        walls: Array,
-        step: int,
-        strides: Array,
-    ) -> None:
+    def forward(x: Array, out: Array, which: Array, walk: Walk) -> None:
+        first, low, high, length, p, q, reach, walls, step, strides = walk
         where, w = np.empty(reach, np.int64), np.empty((4, reach), x.dtype)
         stride, pitch = strides[0] * lanes, strides[1] * lanes
         for i in range(which.size):
@@ -304,23 +265,8 @@ def _kernels_3d(lanes: int) -> tuple[Callable[..., None], Callable[..., None]]:
             store(out, (first + k) * lanes, total)
 
     @njit(nogil=True, cache=True)
-    def backward(
-        y: Array,
-        out: Array,
-        which: Array,
-        first: int,
-        low: Array,
-        high: Array,
-        length: Array,
-        p: Array,
-        q: Array,
-        reach: int,
-        walls: Array,
-        step: int,
-        strides: Array,
-        begin: int,
-        end: int,
-    ) -> None:
+    def backward(y: Array, out: Array, which: Array, walk: Walk, begin: int, end: int) -> None:
+        first, low, high, length, p, q, reach, walls, step, strides = walk
         where, w = np.empty(reach, np.int64), np.empty((4, reach), y.dtype)
         stride, pitch = strides[0] * lanes, strides[1] * lanes
         for i in range(which.size):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -19,12 +20,14 @@ from invdiff.operator import apply_linear
 from invdiff.operators import _rays
 from invdiff.operators._parameters import ParametricOperator, as_space
 from invdiff.operators._rays import Cameras, Grid, Rays
-from invdiff.operators._table import CACHE_BYTES, Table, TableHolder, build_table, table_bytes
+from invdiff.operators._table import CACHE_BYTES, Sized, Table, TableHolder, build_table, table_bytes
 from invdiff.spaces import Space
 
 if TYPE_CHECKING:
     from invdiff.operators._joseph import HostRays
     from invdiff.operators._triton_rays import DeviceRays
+
+T = TypeVar("T", bound=Sized)
 
 METHODS = ("auto", "table", "matrix-free", "reference")
 #: Largest size of a table and its transpose that ``method="auto"`` builds.
@@ -156,28 +159,28 @@ class RayTransform(ParametricOperator):
         return self._holder.get(key, lambda: build_table(*views, dtype, device))
 
     def _device_rays(self) -> DeviceRays:
-        """Return the rays on a GPU, kept from call to call unless they are too many."""
+        """Return the rays on a GPU."""
         from invdiff.operators._triton_rays import DeviceRays, ray_bytes, trace_parts
 
         views, device = len(self.angles), self.place.device
-        size = views * self.bins
+        make = functools.partial(DeviceRays, self.grid, views * self.bins)
         parts = trace_parts(self.grid, self._trace, self._cameras, views, self.bins, device)
-        if size * ray_bytes(len(self.grid.sizes)) > CACHE_BYTES:
-            return DeviceRays(self.grid, size, parts)
-        key = (self.geometry_digest, "rays", str(device))
-        return self._holder.get(key, lambda: DeviceRays(self.grid, size, list(parts)))
+        return self._kept(make, parts, ray_bytes(len(self.grid.sizes)), str(device))
 
     def _host_rays(self) -> HostRays:
-        """Return the rays in memory, kept from call to call unless they are too many."""
+        """Return the rays in memory."""
         from invdiff.operators._joseph import HostRays, ray_bytes, trace_parts
 
         views = len(self.angles)
-        size = views * self.bins
+        make = functools.partial(HostRays, self.grid, views * self.bins)
         parts = trace_parts(self.grid, self._trace, views, self.bins)
-        if size * ray_bytes(len(self.grid.sizes)) > CACHE_BYTES:
-            return HostRays(self.grid, size, parts)
-        key = (self.geometry_digest, "rays", "host")
-        return self._holder.get(key, lambda: HostRays(self.grid, size, list(parts)))
+        return self._kept(make, parts, ray_bytes(len(self.grid.sizes)), "host")
+
+    def _kept(self, make: Callable[[Iterable[Any]], T], parts: Iterable[Any], each: int, where: str) -> T:
+        """Return rays of ``each`` bytes made of parts, kept from call to call unless they are too many."""
+        if len(self.angles) * self.bins * each > CACHE_BYTES:
+            return make(parts)
+        return self._holder.get((self.geometry_digest, "rays", where), lambda: make(list(parts)))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
         """Return a copy on another device or in another precision; the geometry stays in double precision."""

@@ -16,6 +16,8 @@ with warnings.catch_warnings():
     import sigpy
     import sigpy.mri  # noqa: F401
 
+from invdiff import ct
+
 
 def _global_state():
     return (
@@ -46,3 +48,11 @@ def measurements() -> Path:
     if not folder.is_dir():
         pytest.skip("real measurements are not here; set INVDIFF_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tooth(measurements: Path) -> ct.Scan:
+    """Real scan of a tooth by parallel beams, 181 views of one detector row."""
+    if not (measurements / "tooth.h5").is_file():
+        pytest.skip("the scan of the tooth is not there; set INVDIFF_DATA to its folder")
+    return ct.read_scan(measurements / "tooth.h5")

@@ -120,8 +120,8 @@ def check(
 
     prior = library.load(name)
     clean = _clean(samples, prior.denoiser.channels)
-    multiple = prior.denoiser.network.multiple  # type: ignore[attr-defined]
-    ny, nx = (n - n % multiple for n in clean.shape[-2:])
+    assert isinstance(prior.denoiser, library.NetworkDenoiser)
+    ny, nx = (n - n % prior.denoiser.multiple for n in clean.shape[-2:])
     report = check_denoiser(prior, clean[..., :ny, :nx], seed=seed)
     if json:
         checks = [{"name": c.name, "error": c.error, "bound": c.bound, "ok": c.ok} for c in report.checks]

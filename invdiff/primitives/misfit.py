@@ -15,11 +15,13 @@ from invdiff.spaces import norm, per_row
 def misfit_unit(problem: Problem, x: Tensor) -> Tensor:
     """Return what published guidance weights divide by, data units per prior unit, ``(B,)``.
 
-    Image units per prior unit (the gain of the codec), times the norm of the operator at ``x`` where that is above
-    1, to a few percent. The weights were found on masks, blurs and transforms, whose norms are 1 or less; along a
-    line integral through hundreds of pixels, or counts of ten thousand per unit, they step far too far.
+    Image units per prior unit (the gain of the codec), times the norm of the operator at ``x``, the same in all
+    rows, where that is above 1, to a few percent. The weights were found on masks, blurs and transforms, whose
+    norms are 1 or less; along a line integral through hundreds of pixels, or counts of ten thousand per unit, they
+    step far too far.
     """
-    found = operator_norm(problem, x, 10)
+    one = x if problem.operator.n_cases is not None else x[:1]  # all rows are alike then, and one is enough
+    found = operator_norm(problem, one, 10).expand(len(x))
     gain = torch.ones_like(found) if problem.gain is None else problem.gain.to(found).expand_as(found)
     # power iteration comes from below; what it finds of an operator of norm 1 must not exceed it by rounding
     return torch.where(found > gain * (1 + 1e-5), found, gain)

@@ -40,6 +40,8 @@ class NetworkDenoiser(Denoiser):
         self.sigma_min, self.sigma_max = float(card["sigma_min"]), float(card["sigma_max"])
         self.sigma_data = float(card.get("sigma_data", getattr(network, "sigma_data", 1.0)))
         self.channels = len(card["channels"])
+        #: What height and width must be multiples of.
+        self.multiple = int(getattr(network, "multiple", 1))
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return ``D(x, sigma)``, ``(B, C, H, W)``."""

@@ -169,13 +169,6 @@ def test_rows_that_are_not_there_and_unsafe_files(tmp_path):
 # ---- the real scan ----
 
 
-@pytest.fixture(scope="module")
-def tooth(measurements):
-    if not (measurements / "tooth.h5").is_file():
-        pytest.skip("the scan of the tooth is not there; set INVDIFF_DATA to its folder")
-    return ct.read_scan(measurements / "tooth.h5")
-
-
 def test_axis_of_the_tooth(tooth):
     """The published position is 295.7."""
     assert abs(ct.find_centre(ct.line_integrals(tooth)[:, 0], tooth.angles) - 295.7) < 0.5
