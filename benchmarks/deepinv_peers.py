@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from typing import Any
 
@@ -10,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from invdiff.errors import InvdiffError
 from invdiff.prior import Prior
 from invdiff.problem import Problem
 from invdiff.scoring import Draws
 
-#: deepinv's images are in [0, 1]: prior coordinates in [-REACH, REACH] are mapped there. Its samplers clip to that
-#: range, so no pixel of the truth may lie outside.
+#: deepinv's images are in [0, 1]: prior coordinates in [-reach, reach] are mapped there. Its samplers clip to that
+#: range, so no pixel of the truth may lie outside: the reach is this, or more in quarters where the truth needs it.
 REACH = 1.75
 
 
@@ -24,8 +24,8 @@ class Bridge:
     """Our prior and operator in deepinv's terms.
 
     With prior coordinates ``v`` (two channels, in units where the operator is ``A v``, ``c`` image units per prior
-    unit) and ``u = 1/2 + v / 2 REACH`` in [0, 1], the data become ``y / (2 REACH c) + B 1/2 = B u + noise`` with
-    ``B = A / c``, of about unit norm, and the noise level ``sigma / (2 REACH c)``; complex data are pairs of real
+    unit) and ``u = 1/2 + v / 2 reach`` in [0, 1], the data become ``y / (2 reach c) + B 1/2 = B u + noise`` with
+    ``B = A / c``, of about unit norm, and the noise level ``sigma / (2 reach c)``; complex data are pairs of real
     numbers. The denoiser is ``D`` between the same two maps; above the prior's largest level, where next to
     nothing is left of the image, its input is scaled down to that level.
     """
@@ -34,12 +34,11 @@ class Bridge:
         self.prior, self.pulled, self.draws = prior, problem.pullback(prior.codec), draws
         gain = torch.ones(()) if self.pulled.gain is None else self.pulled.gain.reshape(-1)[0]
         self.gain, self.operator = float(gain), self.pulled.operator
-        self.unit = 2 * REACH * self.gain
+        peak = 0.0 if self.pulled.x_true is None else float(self.pulled.x_true.abs().max())
+        self.reach = max(REACH, (math.floor(4 * peak) + 1) / 4)
+        self.unit = 2 * self.reach * self.gain
         self.shape = (draws, *prior.codec.prior.shape)
         self.nfe = self.vjp = 0
-        peak = 0.0 if self.pulled.x_true is None else float(self.pulled.x_true.abs().max())
-        if peak >= REACH:
-            raise InvdiffError(f"deepinv would clip the truth, which reaches {peak:.2f}; raise REACH.")
 
     @functools.cached_property
     def y(self) -> Tensor:
@@ -70,15 +69,15 @@ class Bridge:
         self.nfe += 1
         self.vjp += int(torch.is_grad_enabled() and u.requires_grad)
         denoiser = self.prior.denoiser
-        level = 2 * REACH * torch.as_tensor(sigma, dtype=torch.float32).reshape(-1).expand(len(u))
+        level = 2 * self.reach * torch.as_tensor(sigma, dtype=torch.float32).reshape(-1).expand(len(u))
         known = level.clamp(denoiser.sigma_min, denoiser.sigma_max)
         shrink = (known / level).clamp(max=1).reshape(-1, 1, 1, 1)
-        v = 2 * REACH * (u.to(torch.float32) - 0.5)
-        return 0.5 + denoiser(v * shrink, known) / (2 * REACH)
+        v = 2 * self.reach * (u.to(torch.float32) - 0.5)
+        return 0.5 + denoiser(v * shrink, known) / (2 * self.reach)
 
     def images(self, u: Tensor) -> Draws:
         """Return the finite draws as images of the case."""
-        v = 2 * REACH * (u.detach().to(torch.float32) - 0.5)
+        v = 2 * self.reach * (u.detach().to(torch.float32) - 0.5)
         x = self.prior.codec.decode(v)[:, 0].numpy()
         x = x[np.isfinite(x).all(axis=(1, 2))]
         return Draws(x, np.full(len(x), 1 / max(len(x), 1)), point=False)
