@@ -16,7 +16,7 @@ from invdiff.problem import Problem
 from invdiff.scoring import Draws
 
 #: deepinv's images are in [0, 1]: prior coordinates in [-reach, reach] are mapped there. Its samplers clip to that
-#: range, so no pixel of the truth may lie outside: the reach is this, or more in quarters where the truth needs it.
+#: range, so no pixel of the truth may lie outside: the reach is this, or more where the truth needs it.
 REACH = 1.75
 
 

@@ -311,7 +311,8 @@ def title_of(problem: str) -> str:
     """Name of a problem for people."""
     kind, *numbers = problem.split("-")
     if kind == "mixture":
-        return f"Mixture of 25 Gaussians, d = {numbers[0]}, {numbers[1]} data ({MIXTURE_DRAWS[int(numbers[0])]} draws)"
+        draws = MIXTURE_DRAWS[int(numbers[0])]
+        return f"Mixture of 25 Gaussians, d = {numbers[0]}, {numbers[1]} data ({draws} draws)"
     words = {"mask": "30 % of the pixels", "fourier": "4-fold undersampled Fourier rows", "blur": "Gaussian blur"}
     return f"Gaussian field {numbers[0]}x{numbers[0]}, {words[kind]}"
 

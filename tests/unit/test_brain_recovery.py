@@ -32,7 +32,8 @@ def case(request, bench):
 
 def test_deepinv_sees_our_problem(bench, case):
     """The truth explains deepinv's data to the noise; the adjoint is one; the decomposition is the operator's."""
-    reach, bridge = bench.deepinv_peers.REACH, bench.deepinv_peers.Bridge(case.problem, case.prior, DRAWS)
+    bridge = bench.deepinv_peers.Bridge(case.problem, case.prior, DRAWS)
+    reach = bridge.reach
     v = case.prior.codec.encode(torch.from_numpy(case.truth)[None, None])
     u = 0.5 + v / (2 * reach)
     assert float(u.min()) > 0 and float(u.max()) < 1
@@ -52,7 +53,8 @@ def test_deepinv_sees_our_problem(bench, case):
 
 
 def test_denoiser_for_deepinv_is_ours(bench, case):
-    reach, bridge = bench.deepinv_peers.REACH, bench.deepinv_peers.Bridge(case.problem, case.prior, 1)
+    bridge = bench.deepinv_peers.Bridge(case.problem, case.prior, 1)
+    reach = bridge.reach
     u = torch.rand(1, 2, 32, 32, generator=torch.Generator().manual_seed(0))
     v = 2 * reach * (u - 0.5)
     ours = case.prior.denoiser(v, torch.full((1,), 2 * reach * 0.1))
