@@ -115,15 +115,46 @@ def card(name: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def load(name: str | Path) -> Prior:
-    """Load a prior by name (``"brain-mri"``) or from a ``.safetensors`` file with its card beside it.
+def load(name: str | Path, **declared: Any) -> Prior:
+    """Load a prior by name (``"brain-mri"``) or from a checkpoint of any format that is known.
 
     The load is strict (keys, shapes, sha256), executes nothing from the file, and is followed by a self-test.
 
+    Args:
+        name: An embedded prior, a file, or a folder; see `invdiff.priors.formats`.
+        declared: What the format cannot know from the file.
+
     Raises:
-        InvdiffError: If the file is not what its card says.
+        InvdiffError: If the file is not what its card says, or no format knows it.
     """
+    if str(name) in _EMBEDDED or _ours(name):
+        if declared:
+            raise InvdiffError(f"Prior {name} needs nothing declared; leave out {', '.join(declared)}.")
+        return _load(str(path_of(name)))
+    if Path(name).exists():
+        from invdiff.priors.formats import build
+
+        return build(name, **declared)
     return _load(str(path_of(name)))
+
+
+def _ours(name: str | Path) -> bool:
+    """Whether a file says that it is of the embedded format."""
+    from safetensors import SafetensorError, safe_open
+
+    from invdiff.priors.learned import FORMAT
+    from invdiff.priors.source import Source
+
+    path = Path(name)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    if (about := Source(path).json()) is not None:
+        return about.get("format") == FORMAT
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "inlet.weight" in file.keys()  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return True
 
 
 @lru_cache(maxsize=8)
