@@ -62,22 +62,27 @@ class ParametrisedDenoiser(Denoiser):
 
     Coefficients and time are computed in float64, the sum in ``dtype``, the network in ``network_dtype``. Time
     reaches the network as int64 where the frame says ``whole``, else in ``network_dtype`` but at least float32.
-    """
 
-    space: Space
+    Args:
+        space: Prior coordinates, or the number of channels of a float32 network that takes images of any size.
+        conditions: Names of what else the network takes, as keywords; each must come in ``cond`` or ``given``.
+        given: Conditions that hold for every row.
+    """
 
     def __init__(
         self,
         network: Callable[[Tensor, Tensor], Tensor],
         parametrisation: str,
         frame: Frame,
-        space: Space,
+        space: Space | int,
         *,
         learned_variance: bool = False,
         outside: str = "error",
         network_dtype: torch.dtype | None = None,
         differentiable: int = 2,
         sigma_data: float | None = None,
+        conditions: Sequence[str] = (),
+        given: Mapping[str, Tensor] | None = None,
     ) -> None:
         if parametrisation not in PARAMETRISATIONS:
             raise InvdiffError(
@@ -90,21 +95,25 @@ class ParametrisedDenoiser(Denoiser):
             )
         if outside not in ("error", "clamp"):
             raise InvdiffError(f"outside must be 'error' or 'clamp', got {outside!r}.")
-        self.network, self.parametrisation, self.frame, self.space = network, parametrisation, frame, space
+        self.network, self.parametrisation, self.frame = network, parametrisation, frame
+        self.space = None if isinstance(space, int) else space
         self.learned_variance, self.outside, self.differentiable = learned_variance, outside, differentiable
         self.sigma_min, self.sigma_max = frame.sigma_min, frame.sigma_max
-        self.channels, self.dtype = space.shape[0], space.dtype
+        self.channels, self.dtype = (
+            (space, torch.float32) if isinstance(space, int) else (space.shape[0], space.dtype)
+        )
         known = frame.sigma_data if isinstance(frame, EDM) else 1.0
         self.sigma_data = known if sigma_data is None else float(sigma_data)
         #: None where the network follows the denoiser's precision.
         self.network_dtype = network_dtype
+        self.conditions, self.given = tuple(conditions), dict(given or {})
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return ``E[x0 | x]``, ``(B, *shape)``; ``sigma`` is ``(B,)`` or a number.
 
         Raises:
-            InvdiffError: If a level is outside the network's range and ``outside`` is ``"error"``, or the output
-                has the wrong shape.
+            InvdiffError: If a level is outside the network's range and ``outside`` is ``"error"``, the output
+                has the wrong shape, or a condition is missing or unknown.
         """
         level = torch.as_tensor(sigma).detach().to("cpu", torch.float64).reshape(-1).expand(x.shape[0])
         low, high = self.sigma_min, self.sigma_max
@@ -118,9 +127,25 @@ class ParametrisedDenoiser(Denoiser):
         inner = self.network_dtype or self.dtype
         clock = torch.int64 if self.frame.whole else torch.promote_types(inner, torch.float32)
         scaled = x * per_row(self.frame.scale(level), x)
-        out = self.network(scaled.to(inner), time.to(clock).to(x.device))
+        out = self.network(scaled.to(inner), time.to(clock).to(x.device), **self._conditions(cond, x))
         a, b = _coefficients(self.parametrisation, level, self.frame)
         return per_row(a, x) * x + per_row(b, x) * self._prediction(out, x).to(x.dtype)
+
+    def _conditions(self, cond: Mapping[str, Tensor] | None, x: Tensor) -> dict[str, Tensor]:
+        """Conditions of every row; a scalar holds for all of them."""
+        known = {**self.given, **(cond or {})}
+        for name in self.conditions:
+            if name not in known:
+                raise InvdiffError(
+                    f"The network was trained with a {name} for every image and none is given; call the denoiser "
+                    f"with cond={{{name!r}: tensor (B,)}}, or load the prior with {name}=... for all images."
+                )
+        for name in known:
+            if name not in self.conditions:
+                listed = ", ".join(self.conditions) or "none"
+                raise InvdiffError(f"The network takes no condition {name!r}; it takes {listed}.")
+        tensors = {k: torch.as_tensor(v, device=x.device) for k, v in known.items()}
+        return {k: v.expand(len(x)) if v.ndim == 0 else v for k, v in tensors.items()}
 
     def _prediction(self, out: Any, x: Tensor) -> Tensor:
         """Check the output's shape and drop the channels of a learned variance."""
