@@ -204,10 +204,13 @@ def _batches(c: _Context) -> Iterator[Check]:
     yield c.check("expanded input", c.op(expanded), c.op(expanded.contiguous()))
     none = c.op.rows(torch.zeros(0, dtype=torch.long))
     try:
-        wrong = tuple(none(c.x[:0]).shape) != (0, *c.op.range.shape)
+        found = [(none(c.x[:0]), c.op.range), (none.vjp(c.x[:0], c.y[:0]), c.op.domain)]
+        if isinstance(none, LinearOperator):
+            found += [(none.adjoint(c.y[:0]), c.op.domain), (none.normal(c.x[:0]), c.op.domain)]
+        wrong = sum(tuple(out.shape) != (0, *space.shape) for out, space in found)
         note = "gives an empty result"
     except InvdiffError:
-        wrong, note = False, "is refused"
+        wrong, note = 0, "is refused"
     yield Check("empty batch", float(wrong), 0.0, note)
 
 

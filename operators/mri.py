@@ -105,6 +105,8 @@ class MultiCoilMRI(SpectralOperator):
     def _in_blocks(self, work: Callable[..., Tensor], x: Tensor, to: Space, *parameters: Tensor) -> Tensor:
         """Do a few rows at a time on a CPU, with what they have of parameters of one or of all rows."""
         step = len(x) if x.is_cuda else max(1, _BLOCK // self.range.size)
+        if not len(x):  # MKL refuses transforms of nothing
+            return x.new_zeros(0, *to.shape)
         if len(x) <= step:
             return work(x, *parameters)
         out = x.new_empty(len(x), *to.shape)
