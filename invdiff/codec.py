@@ -39,6 +39,11 @@ class Codec(Movable, ABC):
     def encode(self, x: Tensor) -> Tensor:
         """Map ``(B, *image.shape)`` to ``(B, *prior.shape)``, so that ``decode(encode(x)) = x``."""
 
+    @property
+    def image_unit(self) -> Tensor:
+        """Image units per unit in which guidance weights are published, ``()`` or ``(N,)``."""
+        return torch.ones((), dtype=self.image.real_dtype)
+
     def rows(self, index: Tensor) -> Codec:
         """Return the codec whose row ``r`` has the parameters of case ``index[r]``."""
         return self
@@ -64,6 +69,11 @@ class AffineCodec(Codec):
     @abstractmethod
     def gain(self) -> Tensor:
         """``c`` with ``L L^H = c^2 I``; shape ``()`` or ``(N,)``."""
+
+    @property
+    def image_unit(self) -> Tensor:
+        """The gain."""
+        return self.gain
 
     @abstractmethod
     def linear(self, u: Tensor) -> Tensor:
@@ -277,6 +287,16 @@ class Chain(Codec):
             x = part.encode(x)
         return x
 
+    @property
+    def image_unit(self) -> Tensor:
+        """Product over the parts down to the first that is not affine: what is inside it scales latents."""
+        out = torch.ones((), dtype=self.image.real_dtype)
+        for part in self.parts:
+            out = out * part.image_unit.to(out)
+            if not part.is_affine:
+                break
+        return out
+
     def rows(self, index: Tensor) -> Codec:
         """Pick the parameters of the given cases."""
         return Chain([p.rows(index) for p in self.parts])
@@ -293,6 +313,7 @@ class AffineChain(Chain, AffineCodec):
     parts: tuple[AffineCodec, ...]
     decode = Chain.decode
     encode = Chain.encode
+    image_unit = AffineCodec.image_unit
 
     @property
     def gain(self) -> Tensor:

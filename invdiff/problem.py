@@ -173,7 +173,8 @@ class Problem:
         """Rewrite the problem in prior coordinates ``u``, where ``x = codec.decode(u)``.
 
         An affine codec keeps a linear problem linear (its constant moves into the data where the likelihood
-        allows); any other codec composes the operator with ``decode`` and leaves only ``vjp``.
+        allows); any other codec composes the operator with ``decode`` and leaves only ``vjp``. ``gain`` is then
+        what the image is worth in the units of an autoencoder's images.
         """
         if codec.image.shape != self.operator.domain.shape:
             raise InvdiffError(
@@ -183,7 +184,8 @@ class Problem:
         x_true = None if self.x_true is None else codec.encode(self.x_true)
         if not (isinstance(codec, AffineCodec) and codec.is_affine and self._is_linear):
             operator: Operator = compose(self.operator, DecodeOperator(codec))
-            return replace(self, operator=operator, x_true=x_true)
+            gain = None if codec.is_affine else codec.image_unit
+            return replace(self, operator=operator, x_true=x_true, gain=gain)
         assert isinstance(self.operator, LinearOperator)
         pulled = Pulled(self.operator, codec)
         gain = codec.gain
