@@ -29,3 +29,23 @@ def anderson(points: Tensor, images: Tensor, ridge: float = 1e-6) -> Tensor:
     weights = torch.linalg.solve(gram / size + ridge * eye, torch.ones_like(gram[:, :, 0]))
     weights = weights / weights.sum(1, keepdim=True)
     return (weights.reshape(*weights.shape, *[1] * (images.ndim - 2)).to(images.dtype) * images).sum(1)
+
+
+class History:
+    """The last points and images of an iteration, in a sampler's state, scaled by ``unit``.
+
+    Args:
+        points: ``(B, m, ...)``, slots that are filled in turn.
+        images: The same of the images.
+        unit: What residuals are measured in, broadcast over ``(B, ...)``.
+    """
+
+    def __init__(self, points: Tensor, images: Tensor, unit: Tensor) -> None:
+        self.points, self.images, self.unit = points.clone(), images.clone(), unit
+
+    def next(self, k: int, point: Tensor, image: Tensor) -> Tensor:
+        """Put the pair of iteration ``k`` into its slot and return Anderson's next iterate."""
+        size = self.points.shape[1]
+        slot, filled = k % size, min(k + 1, size)
+        self.points[:, slot], self.images[:, slot] = point / self.unit, image / self.unit
+        return anderson(self.points[:, :filled], self.images[:, :filled]) * self.unit

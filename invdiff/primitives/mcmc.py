@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from invdiff.problem import Problem
 from invdiff.rng import Streams
 from invdiff.spaces import per_row, real_inner
 
@@ -50,6 +51,15 @@ def hmc(x: Tensor, score: Score, step: Tensor | float, iterations: int, momentum
         pull = score(x)
         v = v + 0.5 * h * pull
     return x
+
+
+def posterior_score(denoise: Callable[[Tensor, float], Tensor], problem: Problem, s: float) -> Score:
+    """Return the score of prior and data at the level ``s``: ``(D(x, s) - x) / s^2 + grad log p(y | x)``."""
+
+    def score(x: Tensor) -> Tensor:
+        return (denoise(x, s) - x) / s**2 + problem.grad_log_likelihood(x)
+
+    return score
 
 
 def mala(

@@ -1,15 +1,34 @@
-"""Parts of solving steps in parallel: a denoiser that answers from a guess nearby, and guesses further on."""
+"""Parts of solving steps in parallel: steps to solve, a denoiser that answers from a guess nearby, guesses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from invdiff.counting import CountedDenoiser
 from invdiff.errors import InvdiffError
+from invdiff.primitives.transitions import ddim, extrapolate
+from invdiff.rng import Streams
+from invdiff.sampler import Context, Sampler, State
 from invdiff.spaces import per_row
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowSteps(Sampler):
+    """Second-order multistep steps of the probability flow, where no other steps are given."""
+
+    name: ClassVar[str] = "flow"
+    conditional: ClassVar[bool] = False
+
+    def step(self, k: int, state: State, ctx: Context, rng: Streams) -> State:
+        """One step, one evaluation."""
+        d = ctx.denoise(state["x"], ctx.level(k)[0])
+        ahead = extrapolate(d, state.get("d"), ctx.sigmas, k)
+        return {"x": ddim(state["x"], ahead, *ctx.level(k), 0.0, None), "d": d}
 
 
 class Lagged(CountedDenoiser):

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from invdiff.spaces import real_inner
+
 
 def ddim(x: Tensor, d: Tensor, s: float, t: float, eta: float, noise: Tensor | None) -> Tensor:
     """Step ``x' = d + a (x - d)/s + b noise`` with ``b = eta t sqrt(1 - t^2/s^2)`` and ``a^2 + b^2 = t^2``.
@@ -27,6 +29,17 @@ def ddim(x: Tensor, d: Tensor, s: float, t: float, eta: float, noise: Tensor | N
     a = math.sqrt(max(0.0, t * t - b * b))
     out = d + (a / s) * (x - d)
     return out if b == 0 or noise is None else out + b * noise
+
+
+def log_path_ratio(free: Tensor, bound: Tensor, s: float, t: float, noise: Tensor, eta: float = 1.0) -> Tensor:
+    """Return ``log p(x' | x) - log q(x' | x)`` of stochastic `ddim` steps, ``(B,)`` in float64.
+
+    Kernel ``p`` steps towards ``free``, ``q`` towards ``bound``, and ``x'`` was drawn from ``q`` with ``noise``:
+    ``-|h|^2 / 2 - <h, noise>`` with ``h`` the distance of the two means in standard deviations.
+    """
+    b = eta * t * math.sqrt(1 - (t / s) ** 2)
+    h = (1 - math.sqrt(t * t - b * b) / s) / b * (bound - free)
+    return (-0.5 * real_inner(h, h) - real_inner(h, noise)).double()
 
 
 def mix_noise(d: Tensor, eps: Tensor, t: float, fresh: float, noise: Tensor | None) -> Tensor:

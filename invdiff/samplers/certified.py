@@ -27,7 +27,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from invdiff.primitives import ddim, extrapolate, mala, tweedie_update
+from invdiff.primitives import ddim, extrapolate, mala, posterior_score, tweedie_update
 from invdiff.primitives.curvature import stiffness
 from invdiff.primitives.gibbs import SPLIT_TOP, prior_draw, split_draw
 from invdiff.prior import Prior
@@ -101,13 +101,8 @@ class Certified(Sampler):
 
     def _finish_chain(self, state: State, ctx: Context, rng: Streams, s0: float) -> State:
         problem, x = ctx.measured, state["x"]
-
-        def score(u: Tensor) -> Tensor:
-            return (ctx.denoise(u, s0) - u) / s0**2 + problem.grad_log_likelihood(u)
-
-        size = x[0].numel()
-        step = 1.0 / (size ** (1 / 3) * (stiffness(problem, x) + 1 / state["rho"] ** 2))
-        x, accepted = mala(x, score, step, self.moves, rng, nodes=3)
+        step = 1.0 / (x[0].numel() ** (1 / 3) * (stiffness(problem, x) + 1 / state["rho"] ** 2))
+        x, accepted = mala(x, posterior_score(ctx.denoise, problem, s0), step, self.moves, rng, nodes=3)
         trail = state["trail"].clone()
         trail[:, 2] = self._facts(x, ctx)
         return {**state, "x": x, "trail": trail, "accepted": accepted}

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from invdiff.primitives import ddim, extrapolate, gaussian_prox, mix_noise
-from invdiff.primitives.anderson import anderson
+from invdiff.primitives.anderson import History
 from invdiff.rng import Streams
 from invdiff.sampler import Context, Sampler, State
 from invdiff.spaces import norm, per_row
@@ -77,20 +77,13 @@ class DeqIR(Sampler):
         """Draw the start and all noises; the first chain is the start, falling with the level."""
         start = ctx.noise(rng, rows) * float(ctx.sigmas[0])
         chain = torch.stack([start * float(t / ctx.sigmas[0]) for t in ctx.sigmas[1:]], 1)
-        noise = (
-            torch.stack([ctx.noise(rng, rows) for _ in ctx.sigmas[1:]], 1) if self.eta else torch.zeros_like(chain)
-        )
-        history = torch.stack([torch.zeros_like(chain)] * self.memory, 1)
+        noise = torch.zeros_like(chain)
+        if self.eta:
+            noise = torch.stack([ctx.noise(rng, rows) for _ in ctx.sigmas[1:]], 1)
+        none = torch.stack([torch.zeros_like(chain)] * self.memory, 1)
         moving = torch.ones(rows, dtype=ctx.dtype, device=ctx.device)
-        return {
-            "x": chain[:, -1].clone(),
-            "start": start,
-            "noise": noise,
-            "chain": chain,
-            "points": history,
-            "images": history.clone(),
-            "moving": moving,
-        }
+        state = {"x": chain[:, -1].clone(), "start": start, "noise": noise, "chain": chain, "moving": moving}
+        return {**state, "points": none, "images": none.clone()}
 
     def step(self, k: int, state: State, ctx: Context, rng: Streams) -> State:
         """One iteration over all levels, for the draws that still move."""
@@ -100,22 +93,15 @@ class DeqIR(Sampler):
         image = self._sweep(state, ctx)
         unit = (ctx.spread(self.spread) ** 2 + ctx.sigmas[1:] ** 2).sqrt().to(chain.device, ctx.dtype)
         unit = unit.reshape(1, -1, *[1] * (chain.ndim - 2))
-        slot, filled = k % self.memory, min(k + 1, self.memory)
-        points, images = state["points"].clone(), state["images"].clone()
-        points[:, slot], images[:, slot] = chain / unit, image / unit
-        new = anderson(points[:, :filled], images[:, :filled]) * unit
+        history = History(state["points"], state["images"], unit)
+        new = history.next(k, chain, image)
         new[:, : k + 1] = image[:, : k + 1]  # exact by now, as in plain iteration: k + 1 levels after k + 1 sweeps
         far = norm((image - chain) / unit) > self.tol * norm(image / unit)
         new = torch.where(per_row(moving * far, chain) > 0, new, image)
         live = per_row(moving, chain) > 0
-        return {
-            **state,
-            "x": torch.where(live[:, 0], image[:, -1], state["x"]),
-            "chain": torch.where(live, new, chain),
-            "points": points,
-            "images": images,
-            "moving": moving * far,
-        }
+        x, kept = torch.where(live[:, 0], image[:, -1], state["x"]), torch.where(live, new, chain)
+        out = {**state, "x": x, "chain": kept, "moving": moving * far}
+        return {**out, "points": history.points, "images": history.images}
 
     def finish(self, state: State, ctx: Context) -> Tensor:
         """Return the images at level 0; a chain that is not finite at some level has none."""

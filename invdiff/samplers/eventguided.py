@@ -24,22 +24,19 @@ special case for inpainting; the moments of the rest; second-order transition; i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from invdiff.errors import CapabilityError, InvdiffError
 from invdiff.likelihoods_event import Event
-from invdiff.primitives import ddim, extrapolate, nonlinear_rest, tweedie_update
+from invdiff.primitives import ddim, event_update, extrapolate, log_path_ratio, tweedie_update
 from invdiff.rng import Streams
 from invdiff.sampler import Context, Sampler, State
 
 #: Most events at once: each costs one network VJP per step.
 MOST = 64
-Pull = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +97,10 @@ class EventGuided(Sampler):
             last = problem.log_likelihood(d).clamp_min(-1e30)
             return {**state, "x": d, "log_weight": state["log_weight"] + last}
         if isinstance(problem.likelihood, Event):
-            guided = d + self._event(ctx, d, pull, s, rng)
+            bent = self.probes > 1 and "linear" not in problem.operator.capabilities
+            r = s / math.sqrt(1 + (s / ctx.spread(None)) ** 2)
+            points = [r * ctx.noise(rng, len(d)) for _ in range(self.probes if bent else 0)]
+            guided = event_update(problem, d, pull, s, self.floor, points)
         else:
             guided = tweedie_update(problem, d, pull, s, self.tol, self.cg_iterations)
         noise = ctx.noise(rng, len(d)) if self.eta else None
@@ -110,29 +110,6 @@ class EventGuided(Sampler):
         if self.weights:
             assert noise is not None
             plain = extrapolate(d, state.get("plain") if second else None, ctx.sigmas, k)
-            width = self.eta * t * math.sqrt(1 - (t / s) ** 2)
-            gap = (ddim(x, ahead, s, t, self.eta, None) - ddim(x, plain, s, t, self.eta, None)).flatten(1) / width
-            out["log_weight"] = state["log_weight"] - 0.5 * (gap**2).sum(1) - (gap * noise.flatten(1)).sum(1)
-            out["plain"] = d
+            gain = log_path_ratio(plain, ahead, s, t, noise, self.eta)
+            out |= {"log_weight": state["log_weight"] + gain.to(d.dtype), "plain": d}
         return out
-
-    def _event(self, ctx: Context, d: Tensor, pull: Pull, s: float, rng: Streams) -> Tensor:
-        """Return ``S G^T w``; ``V`` and the rows of ``G`` are held whole, there are few."""
-        problem, c, likelihood = ctx.measured, ctx.measured.operator, ctx.measured.likelihood
-        assert isinstance(likelihood, Event)
-        z = c(d)
-        units = torch.eye(z[0].numel(), dtype=z.dtype, device=z.device)
-        g = [c.vjp(d, e.reshape(z[:1].shape).expand_as(z)).to(d.dtype) for e in units]
-        rows = torch.stack([v.flatten(1) for v in g], 1)
-        spread = s * s * torch.stack([pull(v).flatten(1) for v in g], 1)
-        v = 0.5 * (rows @ spread.mT + spread @ rows.mT)
-        least = self.floor * s * s * (rows**2).sum(2)
-        v = v + torch.diag_embed((least - v.diagonal(dim1=1, dim2=2)).clamp_min(0))
-        mean = z.flatten(1).to(d.dtype)
-        if self.probes > 1 and "linear" not in c.capabilities:
-            r = s / math.sqrt(1 + (s / ctx.spread(None)) ** 2)
-            points = [r * ctx.noise(rng, len(d)) for _ in range(self.probes)]
-            shift, more = nonlinear_rest(problem, d, z, rows, points)
-            mean, v = mean + shift, v + torch.diag_embed(more)
-        w = likelihood.weigh(mean, v, problem.y)
-        return (w[:, None] @ spread).reshape(d.shape)

@@ -24,28 +24,13 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import InvdiffError
-from invdiff.primitives import ddim, extrapolate
-from invdiff.primitives.picard import Lagged, shift_path, where_rows
+from invdiff.primitives.picard import FlowSteps, Lagged, shift_path, where_rows
 from invdiff.prior import Prior
 from invdiff.rng import Streams
 from invdiff.sampler import Context, Sampler, State
 from invdiff.spaces import norm
 
 _GRID = ("steps", "schedule", "sigma_max", "sigma_min")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flow(Sampler):
-    """Second-order multistep solver of the probability flow, the base where none is given."""
-
-    name: ClassVar[str] = "flow"
-    conditional: ClassVar[bool] = False
-
-    def step(self, k: int, state: State, ctx: Context, rng: Streams) -> State:
-        """One step, one evaluation."""
-        d = ctx.denoise(state["x"], ctx.level(k)[0])
-        ahead = extrapolate(d, state.get("d"), ctx.sigmas, k)
-        return {"x": ddim(state["x"], ahead, *ctx.level(k), 0.0, None), "d": d}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +69,7 @@ class Parallel(Sampler):
 
     @property
     def _chain(self) -> Sampler:
-        return self.base or Flow(**{name: getattr(self, name) for name in _GRID})
+        return self.base or FlowSteps(**{name: getattr(self, name) for name in _GRID})
 
     def sigmas(self, prior: Prior) -> Tensor:
         """Return the grid of the base."""

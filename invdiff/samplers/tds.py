@@ -23,7 +23,6 @@ acceptance ratio is a line integral of ``(D - x)/s^2 + grad log p(y | x)`` at th
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -35,8 +34,10 @@ from invdiff.primitives import (
     extrapolate,
     gaussian_prox,
     guidance_length,
+    log_path_ratio,
     mala,
     particles,
+    posterior_score,
     select,
     tweedie_weights,
 )
@@ -104,10 +105,7 @@ class TDS(Sampler):
         free = extrapolate(d, state.get("d") if second else None, ctx.sigmas, k)
         bound = extrapolate(guided, state.get("guided") if second else None, ctx.sigmas, k)
         noise = ctx.noise(rng, x.shape[0])
-        g = t * math.sqrt(1 - (t / s) ** 2)
-        shift = (1 - (t / s) ** 2) / g * (bound - free)  # between the means of proposal and kernel, over g
-        log_ratio = -0.5 * real_inner(shift, shift) - real_inner(shift, noise)
-        new["log_weight"] = weights["log_weight"] + log_ratio.double()
+        new["log_weight"] = weights["log_weight"] + log_path_ratio(free, bound, s, t, noise)
         return {"x": ddim(x, bound, s, t, 1.0, noise), **new}
 
     def _twist(self, x: Tensor, s: float, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,12 +129,7 @@ class TDS(Sampler):
         """Return the conditional mean, or ``x`` after its Metropolis moves."""
         if not self.mala:
             return guided
-        problem = ctx.measured
-
-        def score(u: Tensor) -> Tensor:
-            return (ctx.denoise(u, s) - u) / s**2 + problem.grad_log_likelihood(u)
-
         _, pull = ctx.denoise.vjp(x, s)
         own = prior_stiffness(pull, ctx.noise(rng, x.shape[0]), s)
-        step = 2.0 / (x[0].numel() ** (1 / 3) * (stiffness(problem, x) + own))
-        return mala(x, score, step, self.mala, rng, nodes=4)[0]
+        step = 2.0 / (x[0].numel() ** (1 / 3) * (stiffness(ctx.measured, x) + own))
+        return mala(x, posterior_score(ctx.denoise, ctx.measured, s), step, self.mala, rng, nodes=4)[0]
