@@ -12,10 +12,13 @@ A module of this package has
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from torch import Tensor
 
 from invdiff.errors import InvdiffError
 from invdiff.prior import Prior
@@ -24,7 +27,7 @@ from invdiff.priors.source import Source
 __all__ = ["FORMATS", "build", "recognise"]
 
 #: Modules of this package, asked in this order: those that a configuration names come before those by shapes.
-FORMATS: tuple[str, ...] = ()
+FORMATS: tuple[str, ...] = ("diffusers_unet", "edm")
 
 
 def module(name: str) -> ModuleType:
@@ -49,13 +52,21 @@ def recognise(source: Source) -> tuple[str, str]:
     )
 
 
-def build(path: str | Path, **declared: Any) -> Prior:
-    """Recognise a checkpoint and make a prior of it; the card says what was recognised.
+def build(path: str | Path, *, samples: Tensor | None = None, check: bool = True, **declared: Any) -> Prior:
+    """Recognise a checkpoint, make a prior of it and test it; the card says what was recognised and found.
+
+    Args:
+        path: File or folder.
+        samples: Clean images for the test; see `invdiff.priors.self_test`.
+        check: Whether to test that the prior denoises.
+        declared: Options of the format.
 
     Raises:
-        InvdiffError: If the format is unknown, something declared is not an option of the format, or the weights
-            are not those of the architecture.
+        InvdiffError: If the format is unknown, something declared is not an option of the format, the weights are
+            not those of the architecture, or the prior does not denoise as it should.
     """
+    from invdiff.priors.self_test import self_test
+
     source = Source(path)
     name, found = recognise(source)
     options = module(name).OPTIONS
@@ -63,4 +74,5 @@ def build(path: str | Path, **declared: Any) -> Prior:
         if key not in options:
             listed = "; ".join(f"{k}: {v}" for k, v in options.items()) or "none"
             raise InvdiffError(f"{found}: {key!r} is no option of this format; there are {listed}.")
-    return module(name).build(source, **declared)
+    prior: Prior = module(name).build(source, **declared)
+    return self_test(replace(prior, card={**prior.card, "recognised": found}), samples, check)
