@@ -16,6 +16,7 @@ from torch import Tensor
 
 from invdiff.networks import EDMUNet
 from invdiff.priors.learned import FORMAT, reference_errors, sha256_file
+from invdiff.training.synthesisers import SYNTHESISERS
 
 __all__ = ["make", "write"]
 
@@ -44,20 +45,16 @@ def make(
     recipe = {k: v for k, v in training.items() if k not in ("output", "cache", "threads", "device")}
     data: dict[str, Any] = {"source": "files", "images": images}
     limits = ["Use only on images like the training images; the posterior inherits what the prior lacks."]
-    if training["data"] == "brain":
-        from invdiff.training.synthetic_brain import describe
-
-        data = {"source": "synthetic", "images": images, **describe()}
-        limits = [
-            "Research only; not a medical device.",
-            "Trained on synthetic heads: anatomy of one template, few lesions, no implants, no motion.",
-            "Complex two-dimensional slices of heads, mostly axial and T1-like, 0.8 to 2.2 mm pixels.",
-        ]
+    synthetic = training["data"] in SYNTHESISERS
+    if synthetic:
+        made = SYNTHESISERS[training["data"]]
+        data = {"source": "synthetic", "images": images, **made.describe()}
+        limits = list(made.limits)
     else:
         recipe["data"] = Path(str(training["data"])).name
     normalisation = (
         {"statistic": "p99_magnitude", "value": 1.0}
-        if training["data"] == "brain" or training["normalise"] == "p99"
+        if synthetic or training["normalise"] == "p99"
         else {"statistic": "none", "value": 1.0}
     )
     return {

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from invdiff.io.atomic import whole_file
+from invdiff.training.synthesisers import SYNTHESISERS
 
 __all__ = ["read_images", "synthetic_images", "to_channels"]
 
@@ -232,23 +233,21 @@ def synthetic_images(
     """Draw ``count`` images from a synthesiser, keeping them in a cache folder where one is given.
 
     Args:
-        kind: ``"brain"`` (:func:`invdiff.training.synthetic_brain.brain_slice`).
+        kind: A name in :data:`invdiff.training.synthesisers.SYNTHESISERS`.
         count: number of images; seeds 0 to count - 1.
         held_out: draw from the held-out stream.
         cache: folder for one float16 .npy per image; made where absent.
         notify: called with (done, count) after each image.
 
     Returns:
-        float16 arrays ``(2, ny, nx)``: half precision is 2^-11 relative, far below the smallest
+        float16 arrays ``(channels, ny, nx)``: half precision is 2^-11 relative, far below the smallest
         noise level, and halves the memory.
 
     Raises:
         ValueError: unknown synthesiser, or a count that is not positive.
     """
-    from invdiff.training.synthetic_brain import brain_slice
-
-    if kind != "brain":
-        raise ValueError(f"There is no synthesiser {kind!r}; known is 'brain'.")
+    if kind not in SYNTHESISERS:
+        raise ValueError(f"There is no synthesiser {kind!r}; there are {', '.join(SYNTHESISERS)}.")
     if count < 1:
         raise ValueError(f"The number of synthetic images must be at least 1; got {count}.")
     images: Images = []
@@ -259,8 +258,7 @@ def synthetic_images(
         if kept is not None and kept.exists():
             image = np.load(kept, allow_pickle=False)
         else:
-            x = brain_slice(seed, held_out=held_out)
-            image = np.stack([x.real, x.imag]).astype(np.float16)
+            image = SYNTHESISERS[kind].image(seed, held_out).astype(np.float16)
             if kept is not None:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 with whole_file(kept) as temporary, temporary.open("wb") as file:

@@ -34,6 +34,7 @@ from invdiff.training.batches import Batches
 from invdiff.training.config import TrainConfig
 from invdiff.training.data import read_images, synthetic_images
 from invdiff.training.state import TrainState, learning_rate
+from invdiff.training.synthesisers import SYNTHESISERS
 from invdiff.training.validation import denoising_curve, plot_curve
 
 __all__ = ["TrainResult", "train"]
@@ -195,10 +196,12 @@ def _stop_flag() -> Iterator[threading.Event]:
 
 def _images(config: TrainConfig, report: Report) -> tuple[list[Any], list[Any]]:
     """Training and held-out images."""
-    if config.data == "brain":
-        if config.channels != 2:
+    if config.data in SYNTHESISERS:
+        channels = SYNTHESISERS[config.data].channels
+        if config.channels != channels:
             raise ValueError(
-                f"The brain synthesiser makes complex images: channels must be 2, not {config.channels}."
+                f"The synthesiser {config.data!r} makes images of {channels} real channel(s): channels must be "
+                f"{channels}, not {config.channels}."
             )
 
         def notify(done: int, count: int) -> None:
@@ -206,8 +209,8 @@ def _images(config: TrainConfig, report: Report) -> tuple[list[Any], list[Any]]:
                 report({"event": "images", "done": done, "count": count})
 
         cache = config.cache or None
-        held = synthetic_images("brain", config.validation_images, held_out=True, cache=cache)
-        return synthetic_images("brain", config.images, cache=cache, notify=notify), held
+        held = synthetic_images(config.data, config.validation_images, held_out=True, cache=cache)
+        return synthetic_images(config.data, config.images, cache=cache, notify=notify), held
     images = read_images(config.data, config.channels, config.normalise)
     if len(images) < 2:
         raise ValueError(f"{config.data} holds {len(images)} image; at least 2 are needed, one to validate on.")

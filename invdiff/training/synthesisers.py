@@ -1,0 +1,65 @@
+"""The synthesisers of training images by name, and what each says of itself on a prior's card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["SYNTHESISERS", "Synthesiser"]
+
+
+@dataclass(frozen=True)
+class Synthesiser:
+    """One source of synthetic images.
+
+    Args:
+        module: Home of ``function`` and of ``describe()``, which gives facts for the card.
+        function: ``(seed, held_out=) -> image``: real ``(ny, nx)`` or ``(channels, ny, nx)``, or complex
+            ``(ny, nx)``.
+        channels: Real channels of an image; 2 for complex ones.
+        limits: Sentences for the card: what the prior is not good for.
+    """
+
+    module: str
+    function: str
+    channels: int
+    limits: tuple[str, ...]
+
+    def image(self, seed: int, held_out: bool = False) -> NDArray[Any]:
+        """Return one image, ``(channels, ny, nx)``."""
+        draw: Callable[..., NDArray[Any]] = getattr(import_module(self.module), self.function)
+        x = draw(seed, held_out=held_out)
+        return np.stack([x.real, x.imag]) if x.dtype.kind == "c" else x.reshape(self.channels, *x.shape[-2:])
+
+    def describe(self) -> dict[str, Any]:
+        """Return facts for a card."""
+        return import_module(self.module).describe()
+
+
+SYNTHESISERS = {
+    "brain": Synthesiser(
+        "invdiff.training.synthetic_brain",
+        "brain_slice",
+        2,
+        (
+            "Research only; not a medical device.",
+            "Trained on synthetic heads: anatomy of one template, few lesions, no implants, no motion.",
+            "Complex two-dimensional slices of heads, mostly axial and T1-like, 0.8 to 2.2 mm pixels.",
+        ),
+    ),
+    "ct": Synthesiser(
+        "invdiff.training.synthetic_ct",
+        "attenuation_map",
+        1,
+        (
+            "Research only; not a medical device.",
+            "Trained on drawn shapes alone: sections of bodies, teeth and bones, and made things, in air.",
+            "Attenuation that is not negative, of about 256 pixels across; no artefacts of reconstruction.",
+        ),
+    ),
+}
