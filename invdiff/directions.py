@@ -71,7 +71,7 @@ def _published(
 
     def vectors(index: Tensor) -> Tensor:
         units = torch.zeros(index.numel(), *s.shape, dtype=coordinates.dtype, device=s.device)
-        units.view(index.numel(), -1)[torch.arange(index.numel()), index] = 1
+        units.view(index.numel(), s.numel())[torch.arange(index.numel()), index] = 1
         if units.is_complex():
             units = torch.cat([units, 1j * units])
         if not units.shape[0]:
