@@ -71,7 +71,8 @@ class Loop:
     def run(self) -> Literal["complete", "stopped"]:
         """Run all chunks; return whether every draw was made."""
         plan, device = self.plan, self.plan.target.device
-        self.batch = self.max_batch or memory.start_batch(plan.canvas, plan.rows, device)
+        largest = max(plan.canvas, plan.target.image, key=lambda space: space.size)  # latents are decoded
+        self.batch = self.max_batch or memory.start_batch(largest, plan.rows, device)
         self._start = time.monotonic()
         todo = self._restore()
         info = RunInfo(plan.sampler.name, plan.rows, plan.steps, str(device), self._done)

@@ -141,13 +141,20 @@ class Plan:
         keys = [self.key(r) for r in range(first, first + count)]
         index = torch.tensor([c for c, _ in keys])
         problem = None if target.pulled is None else count_operator(target.pulled.rows(index), counts)
+
+        def image() -> Problem:
+            assert target.problem is not None
+            return count_operator(target.problem.whiten().rows(index), counts)
+
         context = Context(
             denoise=CountedDenoiser(target.prior.denoiser, counts),
             problem=problem,
             sigmas=self.sigmas,
             space=self.canvas,
+            codec=target.codec.rows(index),
             dtype=self.dtype,
             device=target.device,
+            make_image=None if problem is None else image,
         )
         return context, Streams(self.seed, keys), counts
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from invdiff import schedule as schedules
+from invdiff.codec import Codec
 from invdiff.counting import CountedDenoiser
 from invdiff.errors import InvdiffError
 from invdiff.prior import Prior
@@ -32,23 +34,36 @@ RECORDED = ("log_weight", "ess", "ess_run", "accepted", "trail", "rounds")
 
 @dataclass(frozen=True)
 class Context:
-    """Everything a step may read; all of it in prior coordinates.
+    """Everything a step may read; all of it in prior coordinates, but for ``image``.
 
     Attributes:
         denoise: ``D(x, sigma)``, counting; ``denoise.vjp`` gives the Jacobian product too.
         problem: The rows of this chunk, pulled back; None for unconditional sampling.
         sigmas: The noise grid, ``(K + 1,)``, float64, decreasing, ending in 0.
         space: Space of the state.
+        codec: Between states and images, for the rows of this chunk.
         dtype: Precision of the state.
         device: Where everything lives.
+        make_image: Makes ``image``; few samplers ask for it.
     """
 
     denoise: CountedDenoiser
     problem: Problem | None
     sigmas: Tensor
     space: Space
+    codec: Codec
     dtype: torch.dtype = torch.float64
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    make_image: Callable[[], Problem] | None = None
+
+    @cached_property
+    def image(self) -> Problem:
+        """The rows of this chunk in image space, for samplers that fit images before they encode them."""
+        if self.make_image is None:
+            raise InvdiffError(
+                "This sampler needs a problem and the codec of the prior; run it by invdiff.sample."
+            )
+        return self.make_image()
 
     @property
     def measured(self) -> Problem:
@@ -76,7 +91,8 @@ class Sampler(ABC):
 
     Attributes:
         steps: Number of steps of the noise grid.
-        schedule: ``edm`` (polynomial, exponent 7), ``geometric``, ``vp`` or ``vp-quadratic``.
+        schedule: ``edm`` (polynomial, exponent 7), ``geometric``, ``vp``, ``vp-quadratic`` or ``flow`` (equal
+            steps of ``sigma / (1 + sigma)``).
         sigma_max, sigma_min: Ends of the grid; None takes the prior's.
     """
 
@@ -94,7 +110,7 @@ class Sampler(ABC):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     steps: int = 100
-    schedule: Literal["edm", "geometric", "vp", "vp-quadratic"] = "edm"
+    schedule: Literal["edm", "geometric", "vp", "vp-quadratic", "flow"] = "edm"
     sigma_max: float | None = None
     sigma_min: float | None = None
 
@@ -111,13 +127,19 @@ class Sampler(ABC):
 
     def sigmas(self, prior: Prior) -> Tensor:
         """Return the noise grid for a prior, ``(K + 1,)``, decreasing, ending in 0."""
-        low = max(self.sigma_min or prior.denoiser.sigma_min, prior.denoiser.sigma_min)
-        high = min(self.sigma_max or prior.denoiser.sigma_max, prior.denoiser.sigma_max)
+        low, high = self.ends(prior)
         if self.schedule == "edm":
             return schedules.edm(self.steps, low, high)
         if self.schedule == "geometric":
             return schedules.geometric(self.steps, low, high)
+        if self.schedule == "flow":
+            return schedules.flow(self.steps, low, high)
         return schedules.vp_linear(self.steps, low, high, quadratic=self.schedule == "vp-quadratic")
+
+    def ends(self, prior: Prior) -> tuple[float, float]:
+        """Return the lowest positive level of the grid and the highest, inside the prior's range."""
+        low = max(self.sigma_min or prior.denoiser.sigma_min, prior.denoiser.sigma_min)
+        return low, min(self.sigma_max or prior.denoiser.sigma_max, prior.denoiser.sigma_max)
 
     def init(self, ctx: Context, rows: int, rng: Streams) -> State:
         """Return the state before the first step; by default ``x = sigma_0 * noise``."""

@@ -30,6 +30,10 @@ def misfit_unit(problem: Problem, x: Tensor) -> Tensor:
 def misfit_ascent(problem: Problem, d: Tensor, pull: Callable[[Tensor], Tensor], unit: Tensor) -> Tensor:
     """Return ``-grad_x ||r|| = J^H A^H r / ||r||`` over ``unit``, for ``r = y - A(d)``; 0 where ``r`` is 0."""
     residual = problem.residual(d)
-    size = norm(residual)
-    inverse = torch.where(size > 0, 1 / size.clamp_min(torch.finfo(size.dtype).tiny), torch.zeros_like(size))
-    return pull(problem.operator.vjp(d, residual * per_row(inverse / unit, residual)))
+    return pull(problem.operator.vjp(d, residual * per_row(inverse_norm(residual) / unit, residual)))
+
+
+def inverse_norm(v: Tensor) -> Tensor:
+    """Return ``1 / ||v||`` per row, 0 where that is 0, ``(B,)``."""
+    size = norm(v)
+    return torch.where(size > 0, 1 / size.clamp_min(torch.finfo(size.dtype).tiny), torch.zeros_like(size))

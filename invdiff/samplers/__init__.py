@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from invdiff.samplers.enkg import EnKG
     from invdiff.samplers.ensemblescore import EnsembleScore
     from invdiff.samplers.eventguided import EventGuided
+    from invdiff.samplers.flowchef import FlowChef
+    from invdiff.samplers.flowdps import FlowDPS
     from invdiff.samplers.fpssmc import FPSSMC
     from invdiff.samplers.heun import Heun
     from invdiff.samplers.ilvr import ILVR
@@ -46,7 +48,9 @@ if TYPE_CHECKING:
     from invdiff.samplers.paradigms import Parallel
     from invdiff.samplers.pigdm import PiGDM
     from invdiff.samplers.pnpdm import PnPDM
+    from invdiff.samplers.psld import PSLD
     from invdiff.samplers.reddiff import REDdiff
+    from invdiff.samplers.resample import ReSample
     from invdiff.samplers.scg import SCG
     from invdiff.samplers.scoreald import ScoreALD
     from invdiff.samplers.sitcom import SITCOM
@@ -91,6 +95,10 @@ _CLASSES = {
     "scoreald": "ScoreALD",
     "deqir": "DeqIR",
     "ensemblescore": "EnsembleScore",
+    "resample": "ReSample",
+    "psld": "PSLD",
+    "flowdps": "FlowDPS",
+    "flowchef": "FlowChef",
 }
 
 
@@ -131,6 +139,7 @@ def get(name: str, preset: str | None = None, **fields: Any) -> Sampler:
     """
     key = name.lower().replace("-", "").replace("_", "")
     aliases = {"ddpm": "ddim", "dpmsolver": "dpmpp", "finzi": "eventguided"}
+    aliases |= {"latentdps": "dps", "latentdaps": "daps"}  # pixel samplers, on the operator with the decoder
     key = aliases.get(key, key)
     if key not in REGISTRY:
         near = difflib.get_close_matches(key, list(REGISTRY), n=3, cutoff=0.4)
@@ -175,6 +184,7 @@ __all__ = [
     "LGD",
     "MCG",
     "NRLG",
+    "PSLD",
     "REGISTRY",
     "SCG",
     "SITCOM",
@@ -188,6 +198,8 @@ __all__ = [
     "EnKG",
     "EnsembleScore",
     "EventGuided",
+    "FlowChef",
+    "FlowDPS",
     "Heun",
     "LanPaint",
     "MCGDiff",
@@ -195,6 +207,7 @@ __all__ = [
     "PiGDM",
     "PnPDM",
     "REDdiff",
+    "ReSample",
     "ScoreALD",
     "get",
     "register",

@@ -12,6 +12,9 @@ not sigma = 0.05); step sizes are relative to the stiffness ``1/r^2 + L/sigma^2`
 the velocity of the Hamiltonian moves keeps unit variance; a NaN is flagged, never replaced by zeros;
 ``ode_order=2`` for second-order ODE steps. By default ``x0`` is the denoised image with the ``tau`` rule, which is
 nearest to exact posteriors; published values are the presets.
+
+On a latent prior this is Latent-DAPS: the operator then holds the decoder. The clock is the network's own (the
+code of the latent models takes another's), and gradients are not cut off at 1.
 """
 
 from __future__ import annotations
@@ -76,6 +79,17 @@ class DAPS(Sampler):
         "gaussian-deblur-hmc": {**_published, "inner": "hmc", "moves": 82, "step_size": 4e-5, "momentum": 0.1},
         "inpainting-hmc": {**_published, "inner": "hmc", "moves": 11, "step_size": 3.6e-5, "momentum": 0.8},
         "published": {**_published, "step_size": 1e-4},
+        "latent-super-resolution": {
+            **_published,
+            "steps": 50,
+            "sigma_max": 10.0,
+            "ode_steps": 2,
+            "inner": "hmc",
+            "moves": 24,
+            "step_size": 1.35e-4,
+            "step_decay": 0.023,
+            "momentum": 0.86,
+        },
         "tuned": {"steps": 200},
     }
 

@@ -12,6 +12,8 @@ Differences from the published code: the norm is per draw, not over the batch; n
 gradients, and data need not live on [-1, 1]); no learned variance; second-order transition by default
 (``order=1`` is published); any differentiable operator and likelihood, of any norm.
 
+On a latent prior this is Latent-DPS: the operator then holds the decoder.
+
 The states of deepinv 0.5's ``DPS`` on the same noise and levels, with ``order=1``, ``frame="ve"`` and at each step
 ``zeta = weight (s^2 - t^2)`` times image units per prior unit (1/2 there): its weight multiplies a score.
 """

@@ -295,7 +295,7 @@ def test_codecs_compose(networks):
     assert scaled.image_unit.tolist() == [1.0, 2.0]
 
 
-@pytest.mark.parametrize("name", ["dps", "daps", "reddiff", "pnpdm"])
+@pytest.mark.parametrize("name", ["dps", "daps", "reddiff", "pnpdm", "resample", "psld", "flowdps", "flowchef"])
 def test_the_units_of_the_image_change_nothing(networks, name):
     own, factor = problem(1), 1e-3
     scaled = invdiff.Problem(own.operator, likelihoods.Gaussian(0.1 * factor), own.y * factor)
