@@ -59,7 +59,7 @@ SYNTHESISERS = {
         (
             "Research only; not a medical device.",
             "Trained on drawn shapes alone: sections of bodies, teeth and bones, and made things, in air.",
-            "Attenuation that is not negative, of about 256 pixels across; no artefacts of reconstruction.",
+            "Attenuation that is not negative, 160 to 480 pixels across; no artefacts of reconstruction.",
         ),
     ),
 }

@@ -26,12 +26,13 @@ Array = NDArray[np.float32]
 _TRAINING_KEY, _HELD_OUT_KEY = 0x63747472, 0x63746865
 
 
-def attenuation_map(seed: int, size: int = 256, *, held_out: bool = False) -> Array:
+def attenuation_map(seed: int, size: int | None = None, *, held_out: bool = False) -> Array:
     """Draw one attenuation map; formula in the module docstring.
 
     Args:
         seed: Non-negative integer; the same seed gives the same map.
-        size: Pixels in both directions, at least 32.
+        size: Pixels in both directions, at least 32; random from 160 to 480 where None, so that a prior meets
+            coarse and fine sampling of the same shapes.
         held_out: Draw from the stream of held-out maps, which training never sees.
 
     Returns:
@@ -39,9 +40,11 @@ def attenuation_map(seed: int, size: int = 256, *, held_out: bool = False) -> Ar
     """
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"seed must be a non-negative integer; got {seed!r}.")
+    rng = np.random.default_rng([int(seed), _HELD_OUT_KEY if held_out else _TRAINING_KEY])
+    drawn = int(rng.integers(160, 481))
+    size = drawn if size is None else size
     if size < 32:
         raise ValueError(f"size must be at least 32 pixels; got {size}.")
-    rng = np.random.default_rng([int(seed), _HELD_OUT_KEY if held_out else _TRAINING_KEY])
     kind = rng.choice(["body", "hard", "made"], p=[0.35, 0.35, 0.3])
     scene = _Scene(Canvas(rng, (size, size), 2.0 / size))
     {"body": _body, "hard": _hard, "made": _made}[str(kind)](scene)
