@@ -62,4 +62,13 @@ SYNTHESISERS = {
             "Attenuation that is not negative, 160 to 480 pixels across; no artefacts of reconstruction.",
         ),
     ),
+    "black-hole": Synthesiser(
+        "invdiff.training.synthetic_black_hole",
+        "source_image",
+        1,
+        (
+            "Trained on drawn sources alone: rings, crescents, accretion flows, discs, blobs and jets.",
+            "Compact sources of one brightness scale, well inside a field of about 64 pixels.",
+        ),
+    ),
 }
