@@ -212,6 +212,37 @@ class ComplexChannels(AffineCodec):
         return torch.cat([x.real, x.imag], dim=1)
 
 
+class Grey(AffineCodec):
+    """A grey image ``(1, y, x)`` is the mean of the three colours ``(3, y, x)`` of a prior's image.
+
+    ``encode`` gives every colour the grey value. The prior of the grey image is that of colour images whose
+    colours are averaged: nothing is retrained, and what the colours do beside their mean stays unseen.
+    """
+
+    def __init__(self, image: Space) -> None:
+        if image.shape[0] != 1 or image.is_complex:
+            raise InvdiffError(f"Grey images have one real channel, and these are {image}.")
+        self.image = image
+        self.prior = image.replace(shape=(3, *image.shape[1:]))
+
+    @property
+    def gain(self) -> Tensor:
+        """``1 / sqrt(3)``: the noise of the mean of three."""
+        return torch.tensor(3**-0.5, dtype=self.image.real_dtype)
+
+    def linear(self, u: Tensor) -> Tensor:
+        """Return the mean over the colours."""
+        return u.mean(1, keepdim=True)
+
+    def linear_adjoint(self, x: Tensor) -> Tensor:
+        """Return a third of the image in every colour."""
+        return x.expand(x.shape[0], *self.prior.shape) / 3
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the image in every colour."""
+        return x.expand(x.shape[0], *self.prior.shape).clone()
+
+
 class Pad(AffineCodec):
     """The image is the centre crop of a padded prior canvas whose sizes are multiples of ``multiple``.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invdiff.codec import Codec, Identity
+from invdiff.codec import Codec, Grey, Identity
 from invdiff.errors import InvdiffError
 from invdiff.problem import Problem
 from invdiff.spaces import Space
@@ -92,6 +94,76 @@ class Prior:
         """Return a prior that takes ``scale`` image units for one prior unit (None: estimate from data)."""
         return replace(self, scale=scale)
 
+    def for_grey(self) -> Prior:
+        """Return a prior of grey images ``(1, y, x)``, the means of this one's three colours; see `Grey`.
+
+        Raises:
+            InvdiffError: If the prior has not three channels.
+        """
+        if self.denoiser.channels != 3:
+            raise InvdiffError(
+                f"Prior {self.name} has {self.denoiser.channels} channel(s); grey images are the means of three."
+            )
+        card = {**self.card, "grey": "mean of three colours"}
+        if self.codec is not None:
+            grey = Grey(self.codec.image.replace(shape=(1, *self.codec.image.shape[1:])))
+            return replace(self, codec=grey @ self.codec, card=card)
+
+        def make_codec(image: Space, scale: Tensor) -> Codec:
+            grey = Grey(image)
+            colour = self.bind(grey.prior, scale).codec
+            assert colour is not None
+            return grey @ colour
+
+        scale = 1.0 if self.make_codec is None else self.scale
+        return replace(self, make_codec=make_codec, card=card, scale=scale)
+
+    def cost(
+        self,
+        image: Space | None = None,
+        batch: int = 1,
+        device: torch.device | str | None = None,
+        repeats: int = 3,
+    ) -> dict[str, float]:
+        """Measure the denoiser here: seconds per evaluation and per product with its Jacobian, for a whole batch.
+
+        Args:
+            image: Space of the image, where the prior serves any size.
+            batch: Rows at once.
+            device: Where; the prior's own place where left out.
+            repeats: Timed runs after one that warms up; the fastest counts.
+
+        Returns:
+            ``batch``, ``evaluation_s`` and, where the denoiser can be differentiated, ``vjp_s``, which holds an
+            evaluation too.
+
+        Raises:
+            InvdiffError: If the prior serves any size and no space is given.
+        """
+        prior = self if device is None else self.to(device)
+        bound = prior if image is None else prior.bind(image, 1.0 if self.scale is None else self.scale)
+        space = bound.codec.prior if bound.codec is not None else bound.denoiser.space
+        if space is None:
+            raise InvdiffError(f"Prior {self.name} serves any size; give the space of the image.")
+        denoiser = bound.denoiser
+        level = math.sqrt(denoiser.sigma_min * denoiser.sigma_max)
+        x = (level * space.randn(batch, 0)).to(device or "cpu", denoiser.dtype)
+        sigma = torch.full((batch,), level, device=x.device, dtype=x.dtype)
+
+        def vjp() -> None:
+            with torch.enable_grad():
+                leaf = x.clone().requires_grad_()
+                torch.autograd.grad(denoiser(leaf, sigma), leaf, x)
+
+        def evaluate() -> None:
+            with torch.no_grad():
+                denoiser(x, sigma)
+
+        found = {"batch": float(batch), "evaluation_s": _fastest(evaluate, repeats, x.device)}
+        if denoiser.differentiable:
+            found["vjp_s"] = _fastest(vjp, repeats, x.device)
+        return found
+
     def bind(self, image: Space, scale: float | Tensor = 1.0) -> Prior:
         """Return the prior with a codec for images of space ``image``.
 
@@ -159,3 +231,17 @@ class Prior:
             if key in self.card:
                 lines.append(f"  {key:<12} {str(self.card[key])[:80]}")
         return "\n".join(lines)
+
+
+def _fastest(run: Callable[[], None], repeats: int, device: torch.device) -> float:
+    """Seconds of the fastest of a few runs, after one that is not timed."""
+    found = []
+    for _ in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - start)
+    return min(found[1:])

@@ -34,6 +34,8 @@ CODECS: dict[str, Callable[[], codec.AffineCodec]] = {
     "scale-per-case": lambda: codec.Scale(COMPLEX, CASES, 0.5),
     "channels": lambda: codec.ComplexChannels(COMPLEX),
     "channels-of-real-images": lambda: codec.ComplexChannels(REAL),
+    "grey": lambda: codec.Grey(REAL),
+    "grey-of-a-range": lambda: codec.Chain([codec.Grey(REAL), codec.Scale(codec.Grey(REAL).prior, 0.5, 0.5)]),
     "pad": lambda: codec.Pad(REAL, 4),
     "pad-complex": lambda: codec.Pad(COMPLEX, 4),
     "pad-without-need": lambda: codec.Pad(REAL, (5, 7)),
