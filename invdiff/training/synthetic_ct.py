@@ -36,7 +36,7 @@ def attenuation_map(seed: int, size: int | None = None, *, held_out: bool = Fals
         held_out: Draw from the stream of held-out maps, which training never sees.
 
     Returns:
-        float32 ``(size, size)``, not negative, 0 in air; the 99th percentile over the frame is 1.
+        float32 ``(size, size)``, not negative, 0 in air; the 99th percentile over the frame is 1, or less where the maximum would pass 2.5.
     """
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"seed must be a non-negative integer; got {seed!r}.")
@@ -51,8 +51,8 @@ def attenuation_map(seed: int, size: int | None = None, *, held_out: bool = Fals
     x = scene.image
     if rng.random() < 0.7:
         x = ndimage.gaussian_filter(x, rng.uniform(0.2, 1.0), mode="nearest")
-    level = float(np.percentile(x, 99))
-    return np.asarray(np.clip(x, 0, None) / max(level, 1e-6), np.float32)
+    level = max(float(np.percentile(x, 99)), 0.4 * float(x.max()))  # small things fill less than a hundredth
+    return np.asarray(np.clip(x, 0, None) / level, np.float32)
 
 
 class _Scene:

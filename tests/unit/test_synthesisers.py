@@ -25,9 +25,12 @@ def test_images_follow_from_the_seed_alone(name):
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_images_have_unit_scale_and_differ_from_noise(name):
-    for image in (SYNTHESISERS[name].image(seed) for seed in range(20)):
+    largest = {"ct": 2.5, "black-hole": 5.0}
+    for image in (SYNTHESISERS[name].image(seed) for seed in range(40)):
         assert np.isfinite(image).all() and image.min() >= 0
-        assert np.percentile(image, 99) == pytest.approx(1, rel=1e-3)
+        level, top = np.percentile(image, 99), image.max()
+        assert level == pytest.approx(1, rel=1e-3) or (level < 1 and top == pytest.approx(largest[name], rel=1e-3))
+        assert top <= 1.001 * largest[name]
         steps = np.abs(np.diff(image[0], axis=0)).mean()
         shuffled = np.random.default_rng(0).permutation(image[0].ravel()).reshape(image[0].shape)
         assert steps < 0.5 * np.abs(np.diff(shuffled, axis=0)).mean()
