@@ -36,7 +36,8 @@ def attenuation_map(seed: int, size: int | None = None, *, held_out: bool = Fals
         held_out: Draw from the stream of held-out maps, which training never sees.
 
     Returns:
-        float32 ``(size, size)``, not negative, 0 in air; the 99th percentile over the frame is 1, or less where the maximum would pass 2.5.
+        float32 ``(size, size)``, not negative, 0 in air; the 99th percentile over the frame is
+        1, or less where the maximum would pass 2.5.
     """
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"seed must be a non-negative integer; got {seed!r}.")
