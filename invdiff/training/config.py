@@ -26,7 +26,9 @@ class TrainConfig:
         ValueError: a value is out of range.
     """
 
-    data: str = _f("brain", "training images: a file or folder, or a synthesiser: 'brain', 'ct', 'black-hole'")
+    data: str = _f(
+        "brain", "training images: a file or folder, or a synthesiser: 'brain', 'ct', 'black-hole', 'digits'"
+    )
     output: str = _f("prior", "folder for checkpoint, weights, card and plots")
     name: str = _f("my-prior", "name of the prior; also the file name of the weights")
     description: str = _f("", "one sentence for the card")

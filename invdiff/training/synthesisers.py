@@ -71,4 +71,10 @@ SYNTHESISERS = {
             "Compact sources of one brightness scale, well inside a field of about 64 pixels.",
         ),
     ),
+    "digits": Synthesiser(
+        "invdiff.training.synthetic_digits",
+        "digit_image",
+        1,
+        ("For teaching: one upright digit from 0 to 9 on 32 x 32 pixels, drawn from strokes.",),
+    ),
 }
