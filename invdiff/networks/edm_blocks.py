@@ -39,13 +39,13 @@ def _filter(taps: Sequence[float]) -> Tensor:
     return torch.outer(line, line)[None, None] / line.sum() ** 2
 
 
-def _down(x: Tensor, taps: Tensor, padding: int) -> Tensor:
+def halve(x: Tensor, taps: Tensor, padding: int) -> Tensor:
     """Filter each channel and keep every second pixel."""
     c = x.shape[1]
     return functional.conv2d(x, taps.to(x).expand(c, 1, -1, -1), stride=2, padding=padding, groups=c)
 
 
-def _up(x: Tensor, taps: Tensor, padding: int) -> Tensor:
+def double(x: Tensor, taps: Tensor, padding: int) -> Tensor:
     """Put zeros between the pixels and filter each channel; a constant stays what it is."""
     c = x.shape[1]
     return functional.conv_transpose2d(x, 4 * taps.to(x).expand(c, 1, -1, -1), stride=2, padding=padding, groups=c)
@@ -69,7 +69,7 @@ class Resample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(B, C, H / 2, W / 2)`` or ``(B, C, 2 H, 2 W)``."""
         padding = (self.resample_filter.shape[-1] - 1) // 2
-        return (_up if self.up else _down)(x, self.resample_filter, padding)
+        return (double if self.up else halve)(x, self.resample_filter, padding)
 
 
 class Conv(nn.Conv2d):
@@ -108,9 +108,9 @@ class Conv(nn.Conv2d):
         margin = (self.resample_filter.shape[-1] - 1) // 2
         if self.fused:
             x = functional.conv2d(x, self.weight, padding=self.weight.shape[-1] // 2 + margin)
-            x = _down(x, self.resample_filter, 0)
+            x = halve(x, self.resample_filter, 0)
             return x if self.bias is None else x + self.bias[:, None, None]
-        return super().forward((_up if self.up else _down)(x, self.resample_filter, margin))
+        return super().forward((double if self.up else halve)(x, self.resample_filter, margin))
 
 
 class GroupNorm(nn.GroupNorm):

@@ -13,6 +13,7 @@ import math
 import mmap
 import re
 import struct
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,13 @@ def read_pickled(path: str | Path) -> Pickled:
         raise InvdiffError(f"There is no checkpoint at {path}; check the path.")
     session = Session(path.stat().st_size)
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+            warnings.catch_warnings(),
+        ):
+            # Text with escapes that are none, in damaged files.
+            warnings.simplefilter("ignore")
             if content[:4] == b"PK\x03\x04":
                 value = _read_archive(path, session)
             else:
