@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 from invdiff import __version__
-from invdiff.cli import check_operator, compare, demo, guard, priors, reconstruct, samplers, show, train
+from invdiff.cli import (
+    check_operator,
+    compare,
+    demo,
+    guard,
+    priors,
+    priors_convert,
+    reconstruct,
+    samplers,
+    show,
+    train,
+)
 
 app = typer.Typer(
     name="invdiff",
@@ -40,6 +51,7 @@ app.command("reconstruct")(reconstruct.reconstruct)
 app.command("compare")(compare.compare)
 app.command("show")(show.show)
 app.command("samplers")(samplers.samplers)
+priors.app.command("convert")(priors_convert.convert)
 app.add_typer(priors.app, name="priors")
 app.command("check-operator")(check_operator.check_operator)
 app.command("train", context_settings={"ignore_unknown_options": True})(train.train)

@@ -46,6 +46,7 @@ OPTIONS = {
 }
 _CLASSES = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
 _SIGMA_DATA = 0.5
+_ADM = "time_embed.0.weight"
 _NAME = re.compile(r"enc\.(\d+)x\1_(conv|block\d+\.conv0)\.weight$")
 
 
@@ -112,8 +113,11 @@ def recognise(source: Source) -> str | None:
     found = _states(source)
     if found is None:
         return None
+    state = next(iter(found.values()))
+    if _ADM in state:
+        return "guided diffusion U-Net in a checkpoint of InverseBench"
     try:
-        kind, layout = _layout(next(iter(found.values())))
+        kind, layout = _layout(state)
     except InvdiffError:
         # What is missing is said when it is built.
         return "a network of EDM with weights missing"
@@ -131,8 +135,10 @@ def build(source: Source, **declared: Any) -> Prior:
     assert found is not None
     state, weights = _chosen(found, declared.pop("weights", None), source)
     card = source.json() or {}
+    if _ADM in state:
+        return _guided(state, weights, source, declared)
     kind, layout = _layout(state)
-    preset_name = _preset(declared.pop("preset", None), kind, layout, source)
+    preset_name = _preset(declared.pop("preset", None), kind, layout, source, card)
     preset = PRESETS.get(preset_name or "")
     name = _preconditioning(declared.pop("preconditioning", None), card, preset, state, source)
     table = state.pop("u", None)
@@ -187,7 +193,8 @@ def _states(source: Source) -> dict[str, dict[str, Tensor]] | None:
         if not state or not all(isinstance(v, Tensor) for v in state.values()):
             return None
         plain = {str(k).removeprefix("module.").removeprefix("model."): v for k, v in state.items()}
-        if len(plain) != len(state) or not any(_NAME.match(k) for k in plain):
+        ours = _ADM in plain or any(_NAME.match(k) for k in plain)
+        if len(plain) != len(state) or not ours:
             return None
         out[kind] = plain
     return out
@@ -218,7 +225,23 @@ def _layout(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
     return "NCSN++" if layout["fourier"] else "DDPM++", layout
 
 
-def _preset(declared: str | None, kind: str, layout: Mapping[str, Any], source: Source) -> str | None:
+def _guided(state: dict[str, Tensor], weights: str, source: Source, declared: dict[str, Any]) -> Prior:
+    """The network for faces of InverseBench, which is one of guided diffusion in a ``vp`` preconditioning.
+
+    It was trained on a table of 1000 steps, and gets its times from that table.
+    """
+    from invdiff.priors.formats.guided_diffusion import prior_of
+
+    for key in ("preset", "preconditioning"):
+        if key in declared:
+            raise InvdiffError(f"{source.path} is a network of guided diffusion; leave out {key}.")
+    about = {"weights": weights, "sha256": _digest(source, source.json() or {})}
+    return prior_of(state, str(source.path), about, **declared)
+
+
+def _preset(
+    declared: str | None, kind: str, layout: Mapping[str, Any], source: Source, card: Mapping[str, Any]
+) -> str | None:
     """Name of the preset that is declared, or that the file is called by, where the architecture is its own."""
     found = (kind, layout["inputs"], layout["resolution"])
     if declared is not None:
@@ -231,9 +254,11 @@ def _preset(declared: str | None, kind: str, layout: Mapping[str, Any], source: 
                 f"and {source.path} is a {found[0]} of {found[1]} and {found[2]}."
             )
         return declared
-    near = PRESETS.get(source.path.stem)
-    fits = near is not None and (near.network, near.inputs, near.resolution) == found
-    return source.path.stem if fits else None
+    for name in (source.path.stem, str(card.get("name"))):
+        near = PRESETS.get(name)
+        if near is not None and (near.network, near.inputs, near.resolution) == found:
+            return name
+    return None
 
 
 def _preconditioning(
