@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 
 import invdiff
 from invdiff import InvdiffError, likelihoods, operators, priors
+from invdiff.networks.adm import ADM, ADMConfig
 from invdiff.networks.dhariwal import DhariwalUNet
 from invdiff.networks.songunet import SongUNet
-from invdiff.priors.formats import build, edm
+from invdiff.priors.formats import build, edm, guided_diffusion
 from invdiff.priors.frames_sde import SDEVP, LogVE
 
 torch.set_num_threads(1)
@@ -292,3 +293,24 @@ def test_load_finds_the_format(tmp_path):
     path = written(tmp_path / "n.pt", small("NCSN++"))
     assert priors.load(path, preconditioning="ve").card["preconditioning"] == "ve"
     assert edm.recognise(invdiff.priors.source.Source(path)) == "EDM NCSN++, 1 channel(s), 8 x 8 pixels"
+
+
+def test_inversebench_faces_are_a_network_of_guided_diffusion(tmp_path, monkeypatch):
+    config = ADMConfig(inputs=3, outputs=6, width=32, multipliers=(1.0, 2.0), blocks=1, attention=(1,))
+    with torch.random.fork_rng():
+        net = scrambled(ADM(config))
+    torch.save({"ema": {f"model.{k}": v for k, v in net.state_dict().items()}}, tmp_path / "ffhq256.pt")
+    refused(tmp_path / "ffhq256.pt", "sizes of no published network")
+    sizes = guided_diffusion._sizes(config)
+    preset = guided_diffusion.Preset(title="faces", sizes=sizes, size=16)
+    monkeypatch.setattr(guided_diffusion, "PRESETS", (preset,))
+    prior = build(tmp_path / "ffhq256.pt", check=False)
+    d = prior.denoiser.to(dtype=torch.float64)
+    abar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    steps = torch.tensor([0, 10, 500, 999])
+    sigma = ((1 - abar) / abar).sqrt()[steps]
+    s = sigma.reshape(-1, 1, 1, 1)
+    x = noise(4, 3, 8, 8).double() * (1 + s**2).sqrt()
+    expected = x - s * net.double()(x / (1 + s**2).sqrt(), steps.double())[:, :3]
+    assert float(((d(x, sigma) - expected) / s.clamp_min(1)).abs().max()) < 1e-5
+    assert prior.card["weights"] == "ema"
