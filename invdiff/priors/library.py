@@ -1,4 +1,4 @@
-"""Priors by name: embedded ones, and safetensors files of the embedded format.
+"""Priors by name: embedded ones, safetensors files of the embedded format, and checkpoints of other formats.
 
 A learned prior serves images of any size: its codec is made for each problem (scale, complex against channels,
 padding to the network's multiple).
@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -98,12 +99,14 @@ def path_of(name: str | Path) -> Path:
     if str(name) in _EMBEDDED:
         return _FOLDER / _EMBEDDED[str(name)]
     path = Path(name)
-    if path.suffix == ".safetensors":
-        if not path.is_file():
-            raise InvdiffError(f"There is no prior file {path}; check the path.")
+    if path.exists():
         return path
+    if path.suffix or path.parent != Path():
+        raise InvdiffError(f"There is no prior file {path}; check the path.")
     near = difflib.get_close_matches(str(name), list(_EMBEDDED), n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_EMBEDDED)}, or a .safetensors file."
+    hint = (
+        f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_EMBEDDED)}, or the path of a checkpoint."
+    )
     raise InvdiffError(f"Unknown prior {str(name)!r}; {hint}")
 
 
@@ -115,27 +118,58 @@ def card(name: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def load(name: str | Path, **declared: Any) -> Prior:
-    """Load a prior by name (``"brain-mri"``) or from a checkpoint of any format that is known.
+def load(
+    name: str | Path,
+    *,
+    samples: Tensor | None = None,
+    check: bool = True,
+    sha256: str | Mapping[str, str] | None = None,
+    **declared: Any,
+) -> Prior:
+    """Load a prior by name (``"brain-mri"``), from a checkpoint of any format that is known, or from the hub.
 
-    The load is strict (keys, shapes, sha256), executes nothing from the file, and is followed by a self-test.
+    The load is strict (names, shapes, hashes), executes nothing from the file, and is followed by a self-test
+    whose verdict is on the card, under ``check``; see `invdiff.priors.self_test`.
 
     Args:
-        name: An embedded prior, a file, or a folder; see `invdiff.priors.formats`.
+        name: An embedded prior, a file, a folder (see `invdiff.priors.formats`), or ``hf://org/name@revision``,
+            with ``/file`` where a repository holds several.
+        samples: Clean images ``(B, C, y, x)`` in image units for the self-test.
+        check: Whether to test that the prior denoises.
+        sha256: What the file of weights must hash to; for repositories also hashes by file.
         declared: What the format cannot know from the file.
 
     Raises:
-        InvdiffError: If the file is not what its card says, or no format knows it.
+        InvdiffError: If the file is not what its card or ``sha256`` says, no format knows it, or it fails the
+            self-test.
     """
-    if str(name) in _EMBEDDED or _ours(name):
-        if declared:
-            raise InvdiffError(f"Prior {name} needs nothing declared; leave out {', '.join(declared)}.")
-        return _load(str(path_of(name)))
-    if Path(name).exists():
-        from invdiff.priors.formats import build
+    from invdiff.priors.formats import build
+    from invdiff.priors.self_test import self_test
 
-        return build(name, **declared)
-    return _load(str(path_of(name)))
+    if str(name).startswith("hf://"):
+        from invdiff.priors.hub import fetch
+
+        path, about = fetch(str(name), sha256)
+        prior = load(path, samples=samples, check=check, **declared)
+        return replace(prior, card={**prior.card, **about})
+    if sha256 is not None:
+        _hashed(path_of(name), sha256)
+    if str(name) not in _EMBEDDED and Path(name).exists() and not _ours(name):
+        return build(name, samples=samples, check=check, **declared)
+    if declared:
+        raise InvdiffError(f"Prior {name} needs nothing declared; leave out {', '.join(declared)}.")
+    prior = _load(str(path_of(name)), check)
+    return prior if samples is None else self_test(prior, samples, check)
+
+
+def _hashed(path: Path, sha256: str | Mapping[str, str]) -> None:
+    """Refuse a file that has another hash."""
+    from invdiff.priors.learned import sha256_file
+
+    if not isinstance(sha256, str) or not path.is_file():
+        raise InvdiffError(f"sha256 is the hash of one file, and {path} is a folder; name the file of weights.")
+    if (found := sha256_file(path)) != sha256.lower():
+        raise InvdiffError(f"{path} has SHA-256 {found}, and {sha256} was demanded; it was not loaded.")
 
 
 def _ours(name: str | Path) -> bool:
@@ -158,17 +192,22 @@ def _ours(name: str | Path) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _load(path: str) -> Prior:
-    from invdiff.priors.learned import load_network
+def _load(path: str, check: bool = True) -> Prior:
+    from invdiff.priors import learned
 
+    verdict = {"verdict": "not checked"}
     try:
-        network, about = load_network(Path(path))
+        network, about = learned.load_network(Path(path))
+        if check and "self_test" not in about:
+            verdict = {"verdict": "format and shapes verified, denoising not: its card has no figures"}
+        elif check:
+            verdict = {"verdict": "passed", **learned.self_test(network, about)}
     except InvdiffError:
         raise
     except ValueError as error:
         raise InvdiffError(str(error)) from error
     embedded = {str(_FOLDER / file): name for name, file in _EMBEDDED.items()}
-    about = {**about, "name": embedded.get(path, about.get("name", Path(path).stem))}
+    about = {**about, "name": embedded.get(path, about.get("name", Path(path).stem)), "check": verdict}
     multiple, channels = int(network.multiple), len(about["channels"])
     make = complex_codec if channels == 2 else real_codec
     return Prior(
