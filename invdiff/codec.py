@@ -28,8 +28,10 @@ class Codec(Movable, ABC):
 
     image: Space
     prior: Space
-    #: Whether ``decode`` is affine; dispatch is on this flag, never on the class.
+    #: Whether ``decode`` is affine with ``L L^H = gain^2 I``; dispatch is on this flag, never on the class.
     is_affine: bool = False
+    #: Whether ``decode`` is any other linear map, which ``linear_operator()`` then gives.
+    is_linear: bool = False
 
     @abstractmethod
     def decode(self, u: Tensor) -> Tensor:
@@ -47,6 +49,10 @@ class Codec(Movable, ABC):
     def rows(self, index: Tensor) -> Codec:
         """Return the codec whose row ``r`` has the parameters of case ``index[r]``."""
         return self
+
+    def linear_operator(self) -> LinearOperator:
+        """Return ``decode`` without its constant, where it is affine or linear."""
+        raise InvdiffError(f"{type(self).__name__} is not linear.")
 
     def describe(self) -> dict[str, Any]:
         """Return what provenance records."""

@@ -173,8 +173,8 @@ class Problem:
         """Rewrite the problem in prior coordinates ``u``, where ``x = codec.decode(u)``.
 
         An affine codec keeps a linear problem linear (its constant moves into the data where the likelihood
-        allows); any other codec composes the operator with ``decode`` and leaves only ``vjp``. ``gain`` is then
-        what the image is worth in the units of an autoencoder's images.
+        allows), and so does any linear one, without closed forms; others compose the operator with ``decode`` and
+        leave only ``vjp``. ``gain`` is then what the image is worth in the units of an autoencoder's images.
         """
         if codec.image.shape != self.operator.domain.shape:
             raise InvdiffError(
@@ -182,6 +182,8 @@ class Problem:
                 "use a prior (or a codec) for that shape."
             )
         x_true = None if self.x_true is None else codec.encode(self.x_true)
+        if codec.is_linear and self._is_linear:
+            return replace(self, operator=compose(self.operator, codec.linear_operator()), x_true=x_true)
         if not (isinstance(codec, AffineCodec) and codec.is_affine and self._is_linear):
             operator: Operator = compose(self.operator, DecodeOperator(codec))
             gain = None if codec.is_affine else codec.image_unit

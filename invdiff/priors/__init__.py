@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from invdiff.priors.checks import check_denoiser as check_denoiser
+    from invdiff.priors.coloured import Coloured as Coloured
+    from invdiff.priors.coloured import StationaryRoot as StationaryRoot
     from invdiff.priors.frames import EDM as EDM
     from invdiff.priors.frames import VE as VE
     from invdiff.priors.frames import VP as VP
@@ -14,10 +16,13 @@ if TYPE_CHECKING:
     from invdiff.priors.gaussian import Gaussian as Gaussian
     from invdiff.priors.gaussian import StationaryGaussian as StationaryGaussian
     from invdiff.priors.gaussian import power_law_spectrum as power_law_spectrum
+    from invdiff.priors.guided import Guided as Guided
+    from invdiff.priors.guided import cfg_plus_plus as cfg_plus_plus
     from invdiff.priors.joint import Joint as Joint
     from invdiff.priors.mixture import GaussianMixture as GaussianMixture
     from invdiff.priors.parametrisation import from_network as from_network
     from invdiff.priors.slices import SlicePrior as SlicePrior
+    from invdiff.priors.tiles import Tiled as Tiled
 
 _HOME = {
     "Gaussian": "gaussian",
@@ -25,6 +30,11 @@ _HOME = {
     "power_law_spectrum": "gaussian",
     "GaussianMixture": "mixture",
     "Joint": "joint",
+    "Guided": "guided",
+    "cfg_plus_plus": "guided",
+    "Coloured": "coloured",
+    "StationaryRoot": "coloured",
+    "Tiled": "tiles",
     "SlicePrior": "slices",
     "from_network": "parametrisation",
     "VP": "frames",
