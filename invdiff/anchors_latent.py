@@ -1,13 +1,14 @@
-"""Latent problems with exact posteriors: a decoder that is linear, though no sampler is told so.
+"""Latent problems with known posteriors: a decoder that is linear, though no sampler is told so, and a bent one.
 
 With ``x = W z + b``, ``z`` Gaussian and ``y = A x + noise`` the posterior of ``z`` is Gaussian. Its codec is a
 `Latent` like any other: samplers take the path of nonlinear decoders, and are graded on the latents of what they
-stored as images.
+stored as images. The bent decoder has two latents, whose posterior is summed on a grid.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -114,6 +115,76 @@ def grade(draws: Tensor, prior: Prior, exact: ExactPosterior, seed: int = 0) -> 
     z = prior.codec.encode(draws)
     off = (prior.codec.decode(z) - draws).flatten(1).norm(dim=1) / draws.flatten(1).norm(dim=1)
     return {**anchors.grade(z, exact, seed), "off_range": float(off.max())}
+
+
+@dataclass(frozen=True)
+class GridPosterior:
+    """A posterior of two latents on a fine grid.
+
+    Attributes:
+        points: Latents, ``(n, 2)``.
+        weights: Their masses, ``(n,)``, which add up to 1.
+    """
+
+    points: Tensor
+    weights: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """``E[z | y]``, ``(2,)``."""
+        return self.weights @ self.points
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviations, ``(2,)``."""
+        return (self.weights @ (self.points - self.mean) ** 2).sqrt()
+
+    def sample(self, n: int, seed: int = 0) -> Tensor:
+        """Return independent draws, ``(n, 2)``."""
+        generator = torch.Generator().manual_seed(seed)
+        return self.points[torch.multinomial(self.weights, n, replacement=True, generator=generator)]
+
+    def grade(self, z: Tensor, seed: int = 0) -> dict[str, float]:
+        """Return ``mean_error``, ``std_ratio`` and ``sliced_wasserstein`` of draws ``(n, 2)``."""
+        fresh = self.sample(len(z), seed + 7919)
+        return {
+            "mean_error": float((((z.mean(0) - self.mean) / self.std) ** 2).mean().sqrt()),
+            "std_ratio": float((z.std(0) / self.std).mean()),
+            "sliced_wasserstein": anchors.sliced_wasserstein(z, fresh, seed=seed),
+        }
+
+
+def bent_decoder(seed: int = 0, bend: float = 0.6) -> tuple[Problem, Prior]:
+    """Two latents behind ``x = (z1, z2 + bend (z1^2 - 1), tanh(z1 + z2))``, the second measured with sigma 0.3.
+
+    The latents are standard normal and their posterior is a banana; the encoder is exact.
+    """
+    image = Space((3,), torch.float64)
+
+    def decoder(z: Tensor) -> Tensor:
+        z1, z2 = z[:, 0], z[:, 1]
+        return torch.stack([z1, z2 + bend * (z1**2 - 1), (z1 + z2).tanh()], 1)
+
+    def encoder(x: Tensor) -> Tensor:
+        return torch.stack([x[:, 0], x[:, 1] - bend * (x[:, 0] ** 2 - 1)], 1)
+
+    codec = Latent(encoder, decoder, image, scale=1.0)
+    normal = priors.Gaussian(torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64), codec.prior)
+    prior = Prior(normal.denoiser, codec, {"name": "bent decoder", "licence": "BSD-3-Clause"})
+    a = operators.Matrix(torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64), image)
+    truth = codec.decode(codec.prior.randn(1, seed))
+    return Problem.simulate(a, likelihoods.Gaussian(0.3), truth, seed, {"title": "bent decoder"}), prior
+
+
+def grid_posterior(problem: Problem, prior: Prior, reach: float = 6.0, side: int = 601) -> GridPosterior:
+    """Return the posterior of two standard normal latents, whatever the decoder, on ``[-reach, reach]^2``."""
+    if prior.codec is None or prior.codec.prior.shape != (2,):
+        raise InvdiffError("A grid holds the posterior of two latents, no more.")
+    axis = torch.linspace(-reach, reach, side, dtype=torch.float64)
+    z = torch.cartesian_prod(axis, axis)
+    rows = problem.rows(torch.zeros(len(z), dtype=torch.long))
+    log = rows.log_likelihood(prior.codec.decode(z)) - 0.5 * (z**2).sum(1)
+    return GridPosterior(z, torch.softmax(log, 0))
 
 
 class _Dense(nn.Module):
