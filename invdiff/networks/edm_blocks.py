@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ __all__ = [
     "Fourier",
     "GroupNorm",
     "Positional",
+    "Precise",
     "Resample",
     "UNet",
     "class_weights",
@@ -139,7 +140,23 @@ class Positional(nn.Module):
         return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
-class Fourier(nn.Module):
+class Precise(nn.Module):
+    """A module whose numbers keep float32 where a network turns to half precision.
+
+    Random frequencies reach 50, so that half precision would put an angle of hundreds off by a radian.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Precise:
+        def keep(t: Tensor) -> Tensor:
+            new = fn(t)
+            lost = new.is_floating_point() and new.dtype.itemsize < 4 <= t.dtype.itemsize
+            return t.to(new.device) if lost else new
+
+        super()._apply(keep, recurse)
+        return self
+
+
+class Fourier(Precise):
     """``[cos(2 pi t f_k), sin(2 pi t f_k)]`` with random frequencies, which are part of the weights."""
 
     freqs: Tensor

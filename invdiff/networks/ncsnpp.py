@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from invdiff.errors import InvdiffError
-from invdiff.networks.edm_blocks import double, halve
+from invdiff.networks.edm_blocks import Precise, double, halve
 
 __all__ = ["FlatNCSNpp"]
 
@@ -37,7 +37,7 @@ def _change(x: Tensor, up: bool, smooth: bool) -> Tensor:
     return (double if up else halve)(x, _SMOOTH if smooth else _PLAIN, 1 if smooth else 0)
 
 
-class _Frequencies(nn.Module):
+class _Frequencies(Precise):
     """``[sin(2 pi W t), cos(2 pi W t)]``."""
 
     def __init__(self, count: int) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,8 +179,8 @@ def parts_of(pickled: Pickled, weights: str, where: str) -> tuple[str, list[Part
     if isinstance(value.get("state_dict"), dict):
         return (
             "Lightning",
-            _lightning(value["state_dict"], weights, where),
-            _left_out(value, ("state_dict",), pickled),
+            (parts := _lightning(value["state_dict"], weights, where)),
+            _left_out(value, ("state_dict",), pickled, _others(value["state_dict"], parts)),
         )
     if _tensors(value):
         return "flat", [Part("", dict(value), {"weights": "not stated in the checkpoint"})], ()
@@ -214,10 +214,12 @@ def _tensors(value: Any) -> bool:
     )
 
 
-def _left_out(value: Mapping[Any, Any], taken: tuple[str, ...], pickled: Pickled) -> tuple[str, ...]:
-    """Other keys, and classes that were not made."""
+def _left_out(
+    value: Mapping[Any, Any], taken: tuple[str, ...], pickled: Pickled, more: Iterable[str] = ()
+) -> tuple[str, ...]:
+    """Other keys, further weights, and classes that were not made."""
     keys = sorted(str(k)[:60] for k in value if k not in taken)
-    return (*keys, *(name for name in pickled.names if not name.startswith(_PERSISTENT)))
+    return (*keys, *more, *(name for name in pickled.names if not name.startswith(_PERSISTENT)))
 
 
 def _is_module(value: Inert) -> bool:
@@ -237,8 +239,11 @@ def _edm(module: Inert, weights: str, whole: Mapping[Any, Any], where: str) -> P
         for kind in ("_parameters", "_buffers"):
             group = at.state.get(kind)
             for name, tensor in group.items() if isinstance(group, dict) else ():
-                if isinstance(tensor, Tensor) and isinstance(name, str) and not _passing(at, kind, name):
-                    state[prefix + name] = tensor
+                if tensor is None or not isinstance(name, str) or _passing(at, kind, name):
+                    continue
+                if not isinstance(tensor, Tensor):
+                    raise InvdiffError(f"{where} has weights {prefix + name} of a kind that is not read.")
+                state[prefix + name] = tensor
         inner = at.state.get("_modules")
         for name, child in inner.items() if isinstance(inner, dict) else ():
             if isinstance(child, Inert) and isinstance(child.state, dict):
@@ -310,6 +315,14 @@ def _lightning(state: dict[Any, Any], weights: str, where: str) -> list[Part]:
                 own = _dotless(own, prefix, tensors, where)
         parts.append(Part(label, own, about))
     return parts if len(parts) > 1 else [Part("", parts[0].state, parts[0].about)]
+
+
+def _others(state: Mapping[Any, Any], parts: list[Part]) -> list[str]:
+    """Weights of no part; the kind of a diffusion's weights that was not asked for goes without saying."""
+    taken = {part.about.get("prefix", "") + name for part in parts for name in part.state}
+    own = ("model_ema.", _STAGES["unet"])
+    listed = sorted(str(k)[:60] for k in state if k not in taken and not str(k).startswith(own))
+    return [f"state_dict: {name}" for name in listed[:100]]
 
 
 def _dotless(

@@ -1,5 +1,6 @@
 """EDM's networks and preconditionings against deepinv's classes and against formulas written here."""
 
+import copy
 import json
 import math
 
@@ -12,6 +13,7 @@ import invdiff
 from invdiff import InvdiffError, likelihoods, operators, priors
 from invdiff.networks.adm import ADM, ADMConfig
 from invdiff.networks.dhariwal import DhariwalUNet
+from invdiff.networks.ncsnpp import FlatNCSNpp
 from invdiff.networks.songunet import SongUNet
 from invdiff.priors.formats import build, edm, guided_diffusion
 from invdiff.priors.frames_sde import SDEVP, LogVE
@@ -243,6 +245,42 @@ def test_networks_can_be_differentiated_twice(tmp_path, kind):
     with torch.random.fork_rng():
         assert torch.autograd.gradcheck(lambda x: d(x, sigma), x.requires_grad_(), fast_mode=True)
         assert torch.autograd.gradgradcheck(lambda x: d(x, sigma), x, fast_mode=True)
+
+
+def test_frequencies_survive_half_precision(tmp_path):
+    """Angles of hundreds of radians leave nothing of frequencies with three digits."""
+    time = torch.linspace(-1.5, 1.1, 10)
+    with torch.random.fork_rng():
+        flat = FlatNCSNpp(channels=1, width=8, widths=[8], blocks=1, attention=[], fourier=True, smooth=True)
+    for net, place in ((small("NCSN++"), "map_noise"), (flat, "all_modules.0")):
+        before = net.get_submodule(place)(time)
+        half = copy.deepcopy(net).to(torch.bfloat16)
+        assert torch.bfloat16 in {p.dtype for p in half.parameters()}
+        torch.testing.assert_close(half.get_submodule(place)(time), before)
+    path = written(tmp_path / "n.pt", small("NCSN++"))
+    d, fine = (build(path, preconditioning="edm", network_dtype=t).denoiser for t in (torch.bfloat16, None))
+    x, sigma = noise(4, 1, 8, 8), torch.logspace(-2, 1, 4)
+    assert d(x, sigma).dtype == torch.float32
+    assert float((d(x, sigma) - fine(x, sigma)).abs().max()) < 0.05
+
+
+# Counts of the published configurations, in millions.
+COUNTS = {
+    "scattering": (26.8, "ADM", 1, 128, [128, 128, 128, 256, 256], 1, [16]),
+    "mri": (26.0, "ADM", 2, 320, [128, 128, 128, 256, 256], 1, []),
+    "black hole": (20.0, "DDPM++", 1, 64, [128, 256, 256], 1, [16]),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_published_sizes(name):
+    count, kind, channels, resolution, widths, blocks, attention = COUNTS[name]
+    sizes = {"inputs": channels, "outputs": channels, "resolution": resolution, "inlet": 128, "widths": widths}
+    sizes |= {"blocks": blocks, "attention": attention, "embedding": 512, "noise": 128}
+    with torch.device("meta"):
+        song = {"fourier": False, "residual": False, "taps": (1, 1)}
+        net = DhariwalUNet(**sizes) if kind == "ADM" else SongUNet(**sizes, **song)
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(count, abs=0.05)
 
 
 def refused(path, match, **declared):

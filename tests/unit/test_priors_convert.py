@@ -214,6 +214,7 @@ def test_lightning(tmp_path, weights):
     assert card["schedule"]["betas"] == pytest.approx([0.1, 0.4 / 3, 0.5 / 3, 0.2])
     assert card["schedule"]["scale_factor"] == 0.25
     assert f"{__name__}.Callback" in card["left_out"]
+    assert "state_dict: logvar" in card["left_out"]
 
 
 def test_lightning_without_averaged_weights(tmp_path):

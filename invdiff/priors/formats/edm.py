@@ -78,13 +78,22 @@ class Preset:
 
 _EDM = "CC-BY-NC-SA-4.0"
 _BENCH = "not stated with the weights; the code of InverseBench is under the MIT licence"
-_PICTURE, _RAW = (0.0, 1.0), (-1.0, 1.0)
+_RAW = (-1.0, 1.0)
+
+
+def _picture(network: str, size: int, preconditioning: str) -> Preset:
+    return Preset(network, 3, size, preconditioning, _RAW, (0.0, 1.0), "1", "natural", _EDM)
+
+
+_TRAINED = ("cifar10-32x32-uncond", "cifar10-32x32-cond", "ffhq-64x64-uncond", "afhqv2-64x64-uncond")
+_SONG = {"vp": "DDPM++", "ve": "NCSN++"}
 PRESETS = {
-    "edm-ffhq-64x64-uncond-ve": Preset("NCSN++", 3, 64, "edm", _RAW, _PICTURE, "1", "natural", _EDM),
-    "edm-ffhq-64x64-uncond-vp": Preset("DDPM++", 3, 64, "edm", _RAW, _PICTURE, "1", "natural", _EDM),
-    "edm-cifar10-32x32-uncond-ve": Preset("NCSN++", 3, 32, "edm", _RAW, _PICTURE, "1", "natural", _EDM),
-    "edm-cifar10-32x32-uncond-vp": Preset("DDPM++", 3, 32, "edm", _RAW, _PICTURE, "1", "natural", _EDM),
-    "adm-imagenet64-cond": Preset("ADM", 3, 64, "edm", _RAW, _PICTURE, "1", "natural", _EDM),
+    **{f"edm-{d}-{k}": _picture(n, 32 if "32" in d else 64, "edm") for d in _TRAINED for k, n in _SONG.items()},
+    **{f"baseline-{d}-{k}": _picture(n, 32 if "32" in d else 64, k) for d in _TRAINED for k, n in _SONG.items()},
+    "edm-imagenet-64x64-cond-adm": _picture("ADM", 64, "edm"),
+    "baseline-imagenet-64x64-cond-adm": _picture("ADM", 64, "iddpm"),
+    # The same as the first of the two, in deepinv's copy.
+    "adm-imagenet64-cond": _picture("ADM", 64, "edm"),
     "fwi-5m": Preset(
         "ADM", 1, 128, "edm", (-1.5, 1.5), (1.5, 4.5), "km/s", "velocities of rock, OpenFWI CurveFault", _BENCH
     ),
