@@ -1,4 +1,7 @@
-"""``invdiff priors``: list the embedded priors, show a card, verify weights, check the denoising."""
+"""``invdiff priors``: list the embedded priors, show a card, verify weights, check the denoising.
+
+A prior is an embedded one by name, a checkpoint by path (file or folder), or hf://org/name@revision.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,25 @@ import typer
 
 from invdiff.cli.check_operator import FAILED
 from invdiff.cli.guard import guarded
-from invdiff.cli.options import Debug, Json, print_json
+from invdiff.cli.options import Debug, Json, print_json, read_value
 from invdiff.cli.output import console, print_facts, table
 from invdiff.errors import InvdiffError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-app = typer.Typer(help="List, describe and verify priors.", invoke_without_command=True)
-Name = Annotated[str, typer.Argument(help="Name of an embedded prior, or a .safetensors file with its card.")]
+app = typer.Typer(
+    help="List, describe and check priors: embedded ones, checkpoints (`invdiff priors formats` lists the formats "
+    "that load), and hf://org/name@revision.",
+    invoke_without_command=True,
+)
+Name = Annotated[
+    str, typer.Argument(help="Embedded prior, checkpoint (file or folder), or hf://org/name@revision.")
+]
+Declared = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="What the format cannot know of a checkpoint; repeatable."),
+]
 
 
 @app.callback()
@@ -48,17 +61,19 @@ def listing(context: typer.Context, json: Json = False, debug: Debug = False) ->
 
 @app.command("card")
 @guarded
-def card(name: Name, json: Json = False, debug: Debug = False) -> None:
+def card(name: Name, declared: Declared = None, json: Json = False, debug: Debug = False) -> None:
     """Show the card of a prior: training data, licence, hash, measured denoising error."""
     from invdiff.priors import library
 
-    about = library.card(name)
+    about = library.card(name, **_declared(declared))
     if json:
         print_json(about)
         return
     apart = ("recipe", "config", "self_test", "denoising_error")
     print_facts({k.replace("_", " "): _short(v) for k, v in about.items() if k not in apart})
     errors = about.get("denoising_error", {})
+    if not errors:
+        return
     console().print("\nDenoising of held-out images, root mean square error per real component:", markup=False)
     out = table("sigma", "error", right=("sigma", "error"))
     for sigma, rmse in zip(errors.get("sigma", ()), errors.get("rmse", ())):
@@ -99,6 +114,21 @@ def verify(name: Name, json: Json = False, debug: Debug = False) -> None:
     console().print("The prior is as its card says.", markup=False)
 
 
+@app.command("formats")
+@guarded
+def formats(json: Json = False, debug: Debug = False) -> None:
+    """List the formats of checkpoints that load, and what may be declared with --set."""
+    from invdiff.priors import formats as known
+
+    found = {known.module(name).TITLE: known.module(name).OPTIONS for name in known.FORMATS}
+    if json:
+        print_json({"formats": found})
+        return
+    for title, options in found.items():
+        console().print(f"\n[bold]{title}[/bold]")
+        print_facts(dict(options))
+
+
 @app.command("check")
 @guarded
 def check(
@@ -107,22 +137,32 @@ def check(
         Path | None,
         typer.Option(
             "--samples",
-            help="A .npy array (case, channel, y, x) of clean images in prior units; head slices if left out.",
+            help="A .npy array (case, channel, y, x) of clean images, in prior units for embedded priors and files "
+            "of that format, in image units for others. Head slices for the former if left out, synthetic images "
+            "(dead leaves) for priors of natural images.",
         ),
     ] = None,
+    declared: Declared = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the noise.")] = 0,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Denoise clean images at every noise level and judge the errors; exit code 3 if a check fails."""
-    from invdiff.priors import library
+    from invdiff.priors import library, self_test
     from invdiff.priors.checks import check_denoiser
 
-    prior = library.load(name)
-    clean = _clean(samples, prior.denoiser.channels)
-    assert isinstance(prior.denoiser, library.NetworkDenoiser)
-    ny, nx = (n - n % prior.denoiser.multiple for n in clean.shape[-2:])
-    report = check_denoiser(prior, clean[..., :ny, :nx], seed=seed)
+    prior = library.load(name, check=False, **_declared(declared))
+    if isinstance(prior.denoiser, library.NetworkDenoiser):
+        slices = _clean(samples, prior.denoiser.channels)
+        ny, nx = (n - n % prior.denoiser.multiple for n in slices.shape[-2:])
+        report = check_denoiser(prior, slices[..., :ny, :nx], seed=seed)
+    elif samples is None and not self_test.is_natural(prior):
+        raise InvdiffError(
+            f"Nothing is known of the images of {name}; give clean ones of their kind with --samples."
+        )
+    else:
+        clean = None if samples is None else _clean(samples, prior.denoiser.channels)
+        report, _ = self_test.examine(prior, clean, seed)
     if json:
         checks = [{"name": c.name, "error": c.error, "bound": c.bound, "ok": c.ok} for c in report.checks]
         print_json({"prior": prior.name, "ok": report.ok, "failed": list(report.failed), "checks": checks})
@@ -130,6 +170,17 @@ def check(
         console().print(str(report), markup=False, highlight=False)
     if not report.ok:
         raise typer.Exit(FAILED)
+
+
+def _declared(items: list[str] | None) -> dict[str, Any]:
+    """Read NAME=VALUE: numbers, lists as pairs, else text."""
+    found = {}
+    for item in items or []:
+        key, equals, text = item.partition("=")
+        if not equals or not key.strip():
+            raise InvdiffError(f"--set takes NAME=VALUE, got {item!r}; for example --set head_channels=64.")
+        found[key.strip().replace("-", "_")] = read_value(text.strip(), None, f"--set {key}")
+    return found
 
 
 def _clean(path: Path | None, channels: int) -> Tensor:

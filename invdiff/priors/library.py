@@ -110,12 +110,30 @@ def path_of(name: str | Path) -> Path:
     raise InvdiffError(f"Unknown prior {str(name)!r}; {hint}")
 
 
-def card(name: str | Path) -> dict[str, Any]:
-    """Return the card of a prior: data, training, licence, sha256, measured denoising error."""
+def card(name: str | Path, **declared: Any) -> dict[str, Any]:
+    """Return the card of a prior: data, training, licence, sha256, measured denoising error.
+
+    Checkpoints of other formats are loaded for it, untested.
+
+    Args:
+        name: As for `load`.
+        declared: As for `load`.
+    """
+    if not _is_own(name):
+        about = dict(load(name, check=False, **declared).card)
+        about.pop("check")
+        return about
     path = path_of(name).with_suffix(".json")
     if not path.is_file():
         raise InvdiffError(f"Prior {name} has no card; expected {path.name} beside the weights.")
     return json.loads(path.read_text())
+
+
+def _is_own(name: str | Path) -> bool:
+    """Whether it is an embedded prior or a file of that format (or nothing that exists)."""
+    if str(name) in _EMBEDDED:
+        return True
+    return not str(name).startswith("hf://") and (not Path(name).exists() or _ours(name))
 
 
 def load(
@@ -154,7 +172,7 @@ def load(
         return replace(prior, card={**prior.card, **about})
     if sha256 is not None:
         _hashed(path_of(name), sha256)
-    if str(name) not in _EMBEDDED and Path(name).exists() and not _ours(name):
+    if not _is_own(name):
         return build(name, samples=samples, check=check, **declared)
     if declared:
         raise InvdiffError(f"Prior {name} needs nothing declared; leave out {', '.join(declared)}.")

@@ -15,12 +15,16 @@ from torch import Tensor
 from invdiff.errors import InvdiffError
 from invdiff.prior import Prior
 from invdiff.priors.checks import check_denoiser
+from invdiff.scaling import magnitude_percentile
 from invdiff.spaces import Space
+from invdiff.testing import Report
 
-__all__ = ["self_test"]
+__all__ = ["examine", "is_natural", "self_test"]
 
 #: Synthetic images, and their largest size: large networks take seconds per image on a processor.
 COUNT, LARGEST = 4, 64
+#: Draws, each of which costs 18 evaluations.
+DRAWS = 2
 
 
 def self_test(prior: Prior, samples: Tensor | None = None, check: bool = True, seed: int = 0) -> Prior:
@@ -40,30 +44,51 @@ def self_test(prior: Prior, samples: Tensor | None = None, check: bool = True, s
     """
     if not check:
         return _with(prior, {"verdict": "not checked"})
-    similar = samples is None
-    if samples is None:
-        if prior.card.get("images") != "natural":
-            return _with(prior, {"verdict": "format and shapes verified, denoising not: give samples="})
-        samples, shown = _synthetic(prior), "dead leaves"
-    else:
-        shown = f"{len(samples)} images given"
-    if samples.ndim < 2 or not (samples.is_floating_point() or samples.is_complex()):
-        raise InvdiffError(
-            f"samples must be a batch of images of floating-point numbers, got {tuple(samples.shape)} of "
-            f"{samples.dtype}."
-        )
-    space = Space(tuple(samples.shape[1:]), samples.dtype)
-    scale = prior.scale
-    if scale is None:
-        from invdiff.scaling import magnitude_percentile
-
-        scale = magnitude_percentile(samples)
-    bound = prior.bind(space, scale)
-    report = check_denoiser(_any_class(bound), samples, seed, similar=similar)
+    if samples is None and not is_natural(prior):
+        return _with(prior, {"verdict": "format and shapes verified, denoising not: give samples="})
+    report, shown = examine(prior, samples, seed)
     if not report.ok:
-        raise InvdiffError(_refusal(prior, report.failed, shown))
+        raise InvdiffError(_refusal(prior, report.failed, samples is None, shown))
     lines = {c.name: {"error": c.error, "bound": c.bound} for c in report.checks}
-    return _with(prior, {"verdict": "passed", "images": shown, "size": list(space.shape), "lines": lines})
+    return _with(prior, {"verdict": "passed", "images": shown, "lines": lines})
+
+
+def is_natural(prior: Prior) -> bool:
+    """Whether the card calls the prior one of natural images, which dead leaves can stand for."""
+    return prior.card.get("images") == "natural"
+
+
+def examine(prior: Prior, samples: Tensor | None = None, seed: int = 0) -> tuple[Report, str]:
+    """Denoise samples, or dead leaves with wider bounds, and look at two draws.
+
+    Args:
+        prior: A prior as its format builds it.
+        samples: Clean images in image units; None takes dead leaves.
+        seed: Seed of the noise.
+
+    Returns:
+        The report, and what was denoised, in words.
+
+    Raises:
+        InvdiffError: If the samples are none that the prior takes.
+    """
+    images = _synthetic(prior) if samples is None else samples
+    if images.ndim < 2 or not (images.is_floating_point() or images.is_complex()):
+        raise InvdiffError(
+            f"samples must be a batch of images of floating-point numbers, got {tuple(images.shape)} of "
+            f"{images.dtype}."
+        )
+    scale: float | Tensor = 1.0
+    if prior.scale is not None:
+        scale = prior.scale
+    elif prior.make_codec is not None:
+        # Cases have one scale each; a test has one for all.
+        scale = float(magnitude_percentile(images).median())
+    bound = prior.bind(Space(tuple(images.shape[1:]), images.dtype), scale)
+    report = check_denoiser(_any_class(bound), images, seed, similar=samples is None, draws=DRAWS)
+    size = " x ".join(str(n) for n in images.shape[1:])
+    kind = "dead leaves" if samples is None else "given"
+    return report, f"{len(images)} images of {size}, {kind}"
 
 
 def _with(prior: Prior, verdict: dict[str, Any]) -> Prior:
@@ -90,9 +115,9 @@ def _any_class(prior: Prior) -> Prior:
     return replace(prior, denoiser=denoiser)
 
 
-def _refusal(prior: Prior, failed: tuple[str, ...], shown: str) -> str:
+def _refusal(prior: Prior, failed: tuple[str, ...], synthetic: bool, shown: str) -> str:
     more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-    if shown == "dead leaves":
+    if synthetic:
         way = "if its images are not natural ones, give samples= of their kind, or load it with check=False"
     else:
         way = "if the samples are not of its kind, give others; check=False loads it as it is"
