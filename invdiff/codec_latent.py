@@ -14,7 +14,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -203,16 +203,15 @@ class _Network:
 
     def __init__(self, function: Callable[[Tensor], Any], memo: dict[int, Any]) -> None:
         owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
-        self.function, self.module, self.method = function, None, "__call__"
-        self.said, self._wide = False, None
+        self.module: nn.Module | None = None
+        self.function: Callable[..., Any] = function
+        self.said, self._wide = False, cast("_Network | None", None)
         if isinstance(owner, nn.Module):
             self.module = copy.deepcopy(owner, memo).eval().requires_grad_(False)
-            self.method = "__call__" if owner is function else function.__name__
+            # the method itself, not its name: decorators change names
+            self.function = _call if owner is function else function.__func__  # type: ignore[attr-defined]
         elif not callable(function):
             raise InvdiffError(f"An autoencoder's part is a module or a function, not {type(function).__name__}.")
-
-    module: nn.Module | None
-    _wide: _Network | None
 
     @property
     def device(self) -> torch.device:
@@ -221,7 +220,7 @@ class _Network:
         return held[0].device if held else torch.device("cpu")
 
     def __call__(self, x: Tensor, which: str) -> Tensor:
-        return _tensor(self.function(x) if self.module is None else getattr(self.module, self.method)(x), which)
+        return _tensor(self.function(x) if self.module is None else self.function(self.module, x), which)
 
     def wide(self, x: Tensor, which: str) -> Tensor:
         """Run in float32, on a copy made when it is first needed."""
@@ -248,6 +247,10 @@ class _Network:
         """Return the weights for a digest (numpy, which feeds it, has no bfloat16)."""
         state = {} if self.module is None else self.module.state_dict()
         return {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in state.items()}
+
+
+def _call(module: nn.Module, x: Tensor) -> Any:
+    return module(x)
 
 
 def _attempt(run: Callable[[], Tensor], which: str, x: Tensor) -> Tensor:

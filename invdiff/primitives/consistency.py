@@ -53,10 +53,10 @@ def fit_to_noise(problem: Problem, x: Tensor, seen: Tensor, iterations: int, sha
         step = torch.where(open_ & (square > 0), length * f * (f - goal) / square, torch.zeros_like(f))
         moved = x + per_row(torch.nan_to_num(step, nan=0.0, posinf=0.0), x) * back
         there = problem.residual(moved) * weight
-        better = open_ & (norm(there) < f)
+        found = norm(there)
+        better = open_ & (found < f)
         length = torch.where(open_ & ~better, 0.5 * length, length)
-        x, rest = _where(better, moved, x), _where(better, there, rest)
-        f = torch.where(better, norm(there), f)
+        x, rest, f = _where(better, moved, x), _where(better, there, rest), torch.where(better, found, f)
     return x
 
 

@@ -228,6 +228,28 @@ def test_a_codebook_snaps_and_lets_derivatives_through(networks):
     torch.testing.assert_close(ours, invdiff.codec.DecodeOperator(plain).vjp(2 * nearest, v))
 
 
+def test_autoencoders_of_diffusers():
+    """Both kinds: a Gaussian latent is taken at its mean, a quantised one before it is quantised."""
+    diffusers = pytest.importorskip("diffusers")
+    image = Space((3, 16, 16), torch.float64)
+    common = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    common |= {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 3}
+    x = 0.5 * image.randn(2)
+    for build in (diffusers.AutoencoderKL, diffusers.VQModel):
+        (vae,) = made(lambda build=build: build(**common))
+        code = Latent(vae.encode, vae.decode, image, scale=0.5)
+        twin = copy.deepcopy(vae).double().eval()
+        kind = build is diffusers.AutoencoderKL
+        with torch.no_grad():
+            mean = twin.encode(x).latent_dist.mean if kind else twin.encode(x).latents
+            back = twin.decode(mean).sample
+        torch.testing.assert_close(code.encode(x), 0.5 * mean)
+        torch.testing.assert_close(code.decode(0.5 * mean), back)
+        assert code.encoder.module is code.decoder.module and code.prior.shape == (3, 8, 8)
+        pull = invdiff.codec.DecodeOperator(code).vjp(0.5 * mean, torch.ones_like(back))
+        assert torch.isfinite(pull).all() and pull.abs().max() > 0
+
+
 # ---- problems through a decoder ----
 
 
