@@ -32,6 +32,8 @@ def small(name, **fields):
     fields = {"steps": FEW.get(name, 6), **fields}
     if name == "daps":
         fields = {"moves": 3, "ode_steps": 2, **fields}
+    if name == "resample":
+        fields = {"period": 1, **fields}
     return samplers.get(name, **fields)
 
 
