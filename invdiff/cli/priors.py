@@ -137,9 +137,9 @@ def check(
         Path | None,
         typer.Option(
             "--samples",
-            help="A .npy array (case, channel, y, x) of clean images, in prior units for embedded priors and files "
-            "of that format, in image units for others. Head slices for the former if left out, synthetic images "
-            "(dead leaves) for priors of natural images.",
+            help="A .npy array (case, channel, y, x) of clean images, in prior units for embedded priors and "
+            "files of that format, in image units for others. If left out, head slices for the former, and "
+            "synthetic images (dead leaves) for priors of natural images.",
         ),
     ] = None,
     declared: Declared = None,

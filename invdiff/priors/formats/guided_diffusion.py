@@ -23,7 +23,7 @@ from invdiff.priors.assemble import IMAGE_OPTIONS, assemble, fill
 from invdiff.priors.frames import VP
 from invdiff.priors.source import Source
 
-__all__ = ["OPTIONS", "PRESETS", "TITLE", "Preset", "build", "prior_of", "recognise"]
+__all__ = ["OPTIONS", "PRESETS", "TITLE", "Preset", "build", "prior_of", "recognise", "recognise_state"]
 
 TITLE = "guided diffusion (ADM) state dicts"
 OPTIONS = {
@@ -137,10 +137,14 @@ PRESETS = (
 
 def recognise(source: Source) -> str | None:
     """Return the sizes and, where there is one, the published network that has them."""
-    state = source.state
+    return recognise_state(source.state, str(source.path))
+
+
+def recognise_state(state: Mapping[str, Tensor], where: str) -> str | None:
+    """`recognise` for weights that lie in some other wrapping."""
     if not all(k in state for k in _MARKS) or any("transformer_blocks" in k for k in state):
         return None
-    config = _config(state, str(source.path))
+    config = _config(state, where)
     known = _preset(config)
     title = "no published one" if known is None else known.title
     return (
