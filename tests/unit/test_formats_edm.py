@@ -3,11 +3,12 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from deepinv.models import ADMUNet, NCSNpp
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import invdiff
 from invdiff import InvdiffError, likelihoods, operators, priors
@@ -15,6 +16,7 @@ from invdiff.networks.adm import ADM, ADMConfig
 from invdiff.networks.dhariwal import DhariwalUNet
 from invdiff.networks.ncsnpp import FlatNCSNpp
 from invdiff.networks.songunet import SongUNet
+from invdiff.priors.dead_leaves import dead_leaves
 from invdiff.priors.formats import build, edm, guided_diffusion
 from invdiff.priors.frames_sde import SDEVP, LogVE
 
@@ -281,6 +283,39 @@ def test_published_sizes(name):
         song = {"fourier": False, "residual": False, "taps": (1, 1)}
         net = DhariwalUNet(**sizes) if kind == "ADM" else SongUNet(**sizes, **song)
     assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(count, abs=0.05)
+
+
+TINY = Path(__file__).with_name("tiny_edm.safetensors")
+
+
+def test_a_trained_network_passes_the_test_of_loading_and_a_mistaken_one_does_not(tmp_path):
+    """The network knows dead leaves on [-1, 1] in the preconditioning ``edm`` with sigma_data 0.5."""
+    prior = priors.load(TINY, preconditioning="edm")
+    assert prior.card["check"]["verdict"] == "passed"
+    samples = dead_leaves(6, 3, 16, seed=5)
+    assert build(TINY, preconditioning="edm", samples=samples).card["check"]["verdict"] == "passed"
+    for mistaken in ({"preconditioning": "vp"}, {"preconditioning": "ve"}):
+        refused(TINY, "does not denoise as it should", **mistaken)
+    for mistaken in ({"sigma_data": 2.0}, {"sigma_data": 0.1}):
+        refused(TINY, "does not denoise as it should", preconditioning="edm", samples=samples, **mistaken)
+    # A plane of every frequency but the right one: the embedding of time out of order.
+    state = load_file(TINY)
+    state["model.map_layer0.weight"] = state["model.map_layer0.weight"].roll(8, dims=1)
+    save_file(state, tmp_path / "mixed.safetensors")
+    refused(
+        tmp_path / "mixed.safetensors", "does not denoise as it should", preconditioning="edm", samples=samples
+    )
+
+
+def test_sigma_data_is_that_of_the_preconditioning(tmp_path):
+    net = small()
+    d = build(written(tmp_path / "n.safetensors", net), preconditioning="edm", sigma_data=0.3).denoiser
+    x, s = noise(1, 1, 8, 8), torch.tensor([0.7])
+    total = 0.3**2 + 0.7**2
+    expected = 0.09 / total * x + 0.21 / total**0.5 * net(x / total**0.5, s.log() / 4)
+    torch.testing.assert_close(d(x, s), expected)
+    (tmp_path / "n.json").write_text(json.dumps({"attributes": {"sigma_data": 0.5}}))
+    refused(tmp_path / "n.safetensors", "card says sigma_data 0.5", preconditioning="edm", sigma_data=0.3)
 
 
 def refused(path, match, **declared):

@@ -174,8 +174,7 @@ def build(source: Source, **declared: Any) -> Prior:
     if preset is not None:
         about["units"] = preset.units
         declared = {"network_range": preset.network_range, "image_range": preset.image_range} | declared
-    frame, spread = _frame(name, table, card)
-    declared.setdefault("sigma_data", spread)
+    frame, spread = _frame(name, table, card, declared.pop("sigma_data", None))
     return assemble(
         _Negative(network) if name == "ve" else network,
         "edm" if name == "edm" else "epsilon",
@@ -185,6 +184,7 @@ def build(source: Source, **declared: Any) -> Prior:
         multiple=network.multiple,
         learned_variance=name == "iddpm",
         conditions=("label",) if layout["label"] else (),
+        sigma_data=spread,
         **declared,
     )
 
@@ -296,11 +296,16 @@ def _inputs(state: Mapping[str, Tensor]) -> list[int]:
     return [v.shape[1] for k, v in state.items() if k.startswith("enc.") and k.endswith("_conv.weight")]
 
 
-def _frame(name: str, table: Tensor | None, card: Mapping[str, Any]) -> tuple[Frame, float]:
+def _frame(
+    name: str, table: Tensor | None, card: Mapping[str, Any], declared: float | None
+) -> tuple[Frame, float]:
     """Frame of a preconditioning, with the numbers of a converted pickle where it has them; and sigma_data."""
     own = card.get("attributes", {})
     try:
-        spread = float(own.get("sigma_data", _SIGMA_DATA))
+        known = own.get("sigma_data")
+        spread = float(known if known is not None else _SIGMA_DATA if declared is None else declared)
+        if declared is not None and declared != spread:
+            raise InvdiffError(f"The card says sigma_data {spread:g}; leave out {declared:g}.")
         if name == "edm":
             return EDM(spread), spread
         if name == "vp":
@@ -308,6 +313,8 @@ def _frame(name: str, table: Tensor | None, card: Mapping[str, Any]) -> tuple[Fr
             return SDEVP(float(own.get("beta_d", 19.9)), float(own.get("beta_min", 0.1)), steps, first), spread
         if name == "ve":
             return LogVE(float(own.get("sigma_min", 0.02)), float(own.get("sigma_max", 100.0))), spread
+    except InvdiffError:
+        raise
     except (TypeError, ValueError) as error:
         raise InvdiffError(f"The card has numbers that make no frame ({error}); convert the file again.") from None
     sigma = iddpm_levels() if table is None else table.double().flip(0)
