@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import invdiff
 from invdiff import InvdiffError, priors
+from invdiff.networks.adm import ADM, ADMConfig
 from invdiff.networks.dhariwal import DhariwalUNet
 from invdiff.networks.ncsnpp import FlatNCSNpp
 from invdiff.networks.songunet import SongUNet
@@ -347,3 +349,54 @@ def test_modules_without_end(folder):
         inner = persistent("Net", {"a": inner})
     (folder / "deep.pkl").write_bytes(pickle.dumps({"ema": inner}))
     assert "modules without end" in refuse(folder, "priors", "convert", "deep.pkl")
+
+
+def latent_diffusion(path, scale=True):
+    """A checkpoint whose U-Net is a small network of guided diffusion with its own table."""
+    config = ADMConfig(
+        inputs=4, outputs=4, width=32, multipliers=(1.0, 2.0), blocks=1, attention=(1,), scale_shift=False,
+        resample="conv", head_channels=32,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        net = ADM(config).eval().requires_grad_(False)
+        g = torch.Generator().manual_seed(3)
+        for value in net.parameters():
+            value.add_(torch.randn(value.shape, generator=g) * 0.02)
+    raw = {f"model.diffusion_model.{k}": v + 1 for k, v in net.state_dict().items()}
+    ema = {"model_ema.diffusion_model" + k.replace(".", ""): v for k, v in net.state_dict().items()}
+    betas = torch.linspace(0.0015**0.5, 0.0155**0.5, 100, dtype=torch.float64) ** 2
+    state = raw | ema | {"betas": betas.float(), "first_stage_model.encoder.conv.weight": noise(2, 2)}
+    state |= {"scale_factor": torch.tensor(0.22)} if scale else {}
+    torch.save({"state_dict": state, "callbacks": {Callback: 1}}, path)
+    return net, betas
+
+
+def test_latent_unet_loads_with_its_own_table(tmp_path):
+    net, betas = latent_diffusion(tmp_path / "ldm.ckpt")
+    done = convert(tmp_path / "ldm.ckpt")
+    prior = priors.load(done.files[0], head_channels=32)
+    d = prior.denoiser.to(dtype=torch.float64)
+    abar = (1 - betas).cumprod(0)
+    steps = torch.tensor([0, 7, 50, 99])
+    sigma = ((1 - abar) / abar).sqrt()[steps]
+    s = sigma.reshape(-1, 1, 1, 1)
+    z = noise(4, 4, 8, 8).double() * (1 + s**2).sqrt()
+    expected = z - s * net.double()(z / (1 + s**2).sqrt(), steps.double())
+    # The table went through float32.
+    assert float((d(z, sigma) - expected).abs().max()) < 1e-5
+    assert prior.card["latent_scale"] == pytest.approx(0.22)
+    latents = noise(1, 4, 8, 8)
+    torch.testing.assert_close(prior.bind(invdiff.Space((4, 8, 8))).codec.decode(latents), latents)
+
+    def refused(match, file=done.files[0], **declared):
+        with pytest.raises(InvdiffError, match=match):
+            priors.load(file, **declared)
+
+    refused("declare either head_channels= or heads=")
+    refused("declare either", head_channels=32, heads=1)
+    refused("does not divide", head_channels=48)
+    refused("is the first_stage of a latent diffusion", done.files[1])
+    card = json.loads(done.files[0].with_suffix(".json").read_text())
+    for changed, match in (({"schedule": {}}, "no betas"), ({"sha256": "0"}, "not the file of its card")):
+        done.files[0].with_suffix(".json").write_text(json.dumps(card | changed))
+        refused(match, head_channels=32)
