@@ -275,6 +275,13 @@ def _made_parameter(m: Machine, args: tuple[Any, ...]) -> Any:
     return args[0]
 
 
+def _made_typed(m: Machine, args: tuple[Any, ...]) -> Any:
+    """A tensor with attributes: function, class, arguments, attributes; the attributes are dropped."""
+    if len(args) != 4 or not isinstance(args[0], Name):
+        raise Refused("is damaged")
+    return m.call(args[0], args[2])
+
+
 def _made_storage(m: Machine, args: tuple[Any, ...]) -> Any:
     """A file of torch within the file."""
     if len(args) != 1 or not isinstance(args[0], bytes | bytearray):
@@ -338,6 +345,7 @@ _MAKERS: dict[Name, Maker] = {
     Name("torch._utils", "_rebuild_tensor_v3"): _made_typed_tensor,
     Name("torch._utils", "_rebuild_parameter"): _made_parameter,
     Name("torch._utils", "_rebuild_parameter_with_state"): _made_parameter,
+    Name("torch._tensor", "_rebuild_from_type_v2"): _made_typed,
     Name("torch.storage", "_load_from_bytes"): _made_storage,
     Name("torch", "Size"): _made_sequence,
     Name("torch_utils.persistence", "_reconstruct_persistent_obj"): _made_persistent,

@@ -37,7 +37,10 @@ def content():
         "view": base[1:5:2, ::3].T,
         "same": base,
         "parameter": torch.nn.Parameter(base),
+        "attributes": torch.nn.Parameter(base + 1),
+        "tagged": base + 2,
     }
+    numbers["attributes"].decay = numbers["tagged"].decay = False
     return {
         "model": collections.OrderedDict(numbers),
         "numpy": [np.float32(2.5), np.int64(-3), np.bool_(True), np.asfortranarray(np.arange(6.0).reshape(2, 3))],

@@ -201,7 +201,7 @@ def _states(source: Source) -> dict[str, dict[str, Tensor]] | None:
     for kind, state in (nested or {"weights": content}).items():
         if not state or not all(isinstance(v, Tensor) for v in state.values()):
             return None
-        plain = {str(k).removeprefix("module.").removeprefix("model."): v for k, v in state.items()}
+        plain = {re.sub(r"^(_orig_mod\.|module\.|model\.)*", "", str(k)): v for k, v in state.items()}
         ours = _ADM in plain or any(_NAME.match(k) for k in plain)
         if len(plain) != len(state) or not ours:
             return None
