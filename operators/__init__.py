@@ -10,6 +10,7 @@
 ``VolumeMRI``         the same of a volume, with a 3-D FFT
 ``NonCartesianMRI``   parallel MRI along any trajectory, with off-resonance
 ``RadioInterferometry``  visibilities of a small field of the sky
+``NavierStokes``         vorticity of a flow on a periodic square after some time
 ``Blur``              circular convolution with a kernel
 ``GaussianBlur``      circular convolution with a periodised Gaussian
 ``Downsampling``      super-resolution: bicubic, average, or blur and decimation
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from invdiff.operators.mri import MultiCoilMRI
     from invdiff.operators.mri_frames import FramesMRI
     from invdiff.operators.mri_volume import VolumeMRI
+    from invdiff.operators.navier_stokes import NavierStokes
     from invdiff.operators.noncartesian import NonCartesianMRI, RadioInterferometry
     from invdiff.operators.off_resonance import OffResonance
     from invdiff.operators.pet import PET
@@ -91,6 +93,7 @@ _HOMES = {
     "Mask": "invdiff.operators.mask",
     "Matrix": "invdiff.operators.basic",
     "MultiCoilMRI": "invdiff.operators.mri",
+    "NavierStokes": "invdiff.operators.navier_stokes",
     "NonCartesianMRI": "invdiff.operators.noncartesian",
     "NonlinearBlur": "invdiff.operators.varying",
     "OffResonance": "invdiff.operators.off_resonance",
@@ -133,6 +136,7 @@ __all__ = [
     "Mask",
     "Matrix",
     "MultiCoilMRI",
+    "NavierStokes",
     "NonCartesianMRI",
     "NonlinearBlur",
     "OffResonance",
