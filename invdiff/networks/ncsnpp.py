@@ -42,7 +42,7 @@ class _Frequencies(Precise):
 
     def __init__(self, count: int) -> None:
         super().__init__()
-        self.W = nn.Parameter(16 * torch.randn(count), requires_grad=False)
+        self.W = nn.Parameter(torch.empty(count).normal_(std=16), requires_grad=False)
 
     def forward(self, time: Tensor) -> Tensor:
         angle = torch.outer(time, 2 * math.pi * self.W.to(time.dtype))
@@ -87,7 +87,7 @@ class _Mix(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.W = nn.Parameter(0.1 * torch.randn(channels, channels))
+        self.W = nn.Parameter(torch.empty(channels, channels).normal_(std=0.1))
         self.b = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
