@@ -175,6 +175,8 @@ FACTORIES: dict[str, Callable[[torch.dtype], Operator]] = {
     **MRI,
     **CT,
     **PET_ULTRASOUND,
+    "navier-stokes": lambda d: O.NavierStokes((1, 8, 8), 0.2, 0.05, torch.ones(8, 8), side=3.0, dtype=d),
+    "navier-stokes-inviscid": lambda d: O.NavierStokes((1, 10, 10), 0.3, 0.0, segments=2, dtype=d),
 }
 
 
