@@ -61,6 +61,7 @@ CONTRACTS = (
     "algebra",
     "likelihood",
     "codec",
+    "codec_latent",
     "problem",
     "prior",
     "rng",
