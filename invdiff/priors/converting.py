@@ -170,7 +170,7 @@ def parts_of(pickled: Pickled, weights: str, where: str) -> tuple[str, list[Part
         raise InvdiffError(f"{where} holds {type(value).__name__}, and no weights by name.")
     if any(isinstance(v, Inert) and _is_module(v) for v in value.values()):
         key = _chosen(value, weights, where, {"raw": ("net", "model")})
-        return "EDM", [_edm(value[key], key, value, where)], _left_out(value, (key,), pickled)
+        return "EDM", [_edm(value[key], weights, value, where)], _left_out(value, (key,), pickled)
     ema = value.get("ema")
     if isinstance(ema, dict) and "shadow_params" in ema:
         state, taken = averaged(value, weights, where)

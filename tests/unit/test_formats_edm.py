@@ -199,7 +199,7 @@ def test_inversebench_units(tmp_path, name):
         operators.Identity(image), likelihoods.Gaussian(0.1), 40 * noise(1, 1, 8, 8)
     )
     torch.testing.assert_close(prior.adapt(problem).codec.decode(u), gain * u + offset)
-    raw = build(tmp_path / f"{name}.pt", weights="net")
+    raw = build(tmp_path / f"{name}.pt", weights="raw")
     assert not torch.equal(raw.denoiser(u, torch.ones(1)), prior.denoiser(u, torch.ones(1)))
 
 
@@ -334,7 +334,9 @@ def test_what_the_file_does_not_say_is_asked_for(tmp_path):
     refused(path, "not conditional on a class", preconditioning="edm", label=1)
     refused(path, "output channels", preconditioning="iddpm")
     torch.save({"net": small().state_dict()}, tmp_path / "raw.pt")
-    refused(tmp_path / "raw.pt", "declare weights='net'", preconditioning="edm")
+    refused(tmp_path / "raw.pt", "declare weights=raw", preconditioning="edm")
+    refused(tmp_path / "raw.pt", "must be 'ema' or 'raw'", preconditioning="edm", weights="net")
+    assert build(tmp_path / "raw.pt", preconditioning="edm", weights="raw").card["weights"] == "raw"
     refused(path, "leave out weights", preconditioning="edm", weights="ema")
 
 

@@ -41,7 +41,7 @@ TITLE = "networks of EDM (DDPM++, NCSN++, ADM) and InverseBench"
 OPTIONS = {
     "preset": "a known checkpoint by name, where the file is not called so",
     "preconditioning": "edm, vp, ve or iddpm, where neither a card nor a preset says",
-    "weights": "'ema' or 'net', where a checkpoint of InverseBench holds averaged and raw weights",
+    "weights": "'ema' or 'raw', where a checkpoint of InverseBench holds averaged and raw weights",
     **IMAGE_OPTIONS,
 }
 _CLASSES = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
@@ -212,17 +212,22 @@ def _states(source: Source) -> dict[str, dict[str, Tensor]] | None:
 def _chosen(
     states: Mapping[str, dict[str, Tensor]], wanted: str | None, source: Source
 ) -> tuple[dict[str, Tensor], str]:
+    """The weights that are asked for, and which ones they are."""
     if set(states) == {"weights"}:
         if wanted is not None:
             raise InvdiffError(f"{source.path} holds one list of weights; leave out weights={wanted!r}.")
         return dict(states["weights"]), str((source.json() or {}).get("weights", "not stated in the checkpoint"))
+    if wanted not in (None, "ema", "raw"):
+        raise InvdiffError(f"weights must be 'ema' or 'raw', got {wanted!r}.")
     kind = wanted or "ema"
-    if kind not in states:
+    key = "ema" if kind == "ema" else next((k for k in ("net", "model") if k in states), "net")
+    if key not in states:
+        hint = "which denoise better" if kind == "raw" else "though averaged weights denoise better"
         raise InvdiffError(
-            f"{source.path} holds the weights {', '.join(map(repr, states))} and not {kind!r}; averaged weights "
-            f"(ema) denoise better, declare weights={next(iter(states))!r} to do without."
+            f"{source.path} holds weights under {', '.join(map(repr, states))} and not under {key!r}; declare "
+            f"weights={'raw' if kind == 'ema' else 'ema'} to take them, {hint}."
         )
-    return dict(states[kind]), kind
+    return dict(states[key]), kind
 
 
 def _layout(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
