@@ -79,7 +79,8 @@ def check_denoiser(
       spread (and three standard errors, and 0.5 % of the noise) of the samples' mean at the first level above 30
       spreads, or the highest where that is at least 5;
     * draws, where asked for and the range reaches 5 spreads: their mean within half a spread (and three standard
-      errors) of the samples', their spread within a factor 1.5; by 18 steps without noise, which is coarse;
+      errors) of the samples', their spread within a factor 1.5 (and three standard errors); by 18 steps without
+      noise, which is coarse;
     * rows that do not depend on each other, repeatability, finite float32 at both ends of the range.
 
     Args:
@@ -183,7 +184,9 @@ def _draws(d: Denoiser, x0: Tensor, seed: int, count: int, slack: _Slack) -> Ite
     yield Check("mean of draws", off, slack.draws_mean + 3 * error, "in spreads of the samples")
     ratio = float(x.double().std(correction=0)) / spread
     width = max(ratio, 1 / ratio) if ratio > 0 else math.inf
-    yield Check("spread of draws", width, slack.draws_width, f"{ratio:.2f} of the samples'")
+    each = (x0.double().flatten(1) - middle).square().mean(1).sqrt()
+    error = float(each.std()) / spread * math.hypot(len(x0) ** -0.5, count**-0.5)
+    yield Check("spread of draws", width, slack.draws_width + 3 * error, f"{ratio:.2f} of the samples'")
 
 
 def _rows(d: Denoiser, x0: Tensor, seed: int) -> Iterator[Check]:
