@@ -27,7 +27,7 @@ class TrainConfig:
     """
 
     data: str = _f(
-        "brain", "training images: a file or folder, or a synthesiser: 'brain', 'ct', 'black-hole', 'digits'"
+        "brain", "training images: a file or folder, or 'brain', 'ct', 'black-hole', 'digits', 'vorticity'"
     )
     output: str = _f("prior", "folder for checkpoint, weights, card and plots")
     name: str = _f("my-prior", "name of the prior; also the file name of the weights")

@@ -77,4 +77,13 @@ SYNTHESISERS = {
         1,
         ("For teaching: one upright digit from 0 to 9 on 32 x 32 pixels, drawn from strokes.",),
     ),
+    "vorticity": Synthesiser(
+        "invdiff.training.synthetic_vorticity",
+        "vorticity_field",
+        1,
+        (
+            "Trained on simulated flows alone: decaying and forced turbulence on a periodic square of 128 pixels.",
+            "Viscosities from 1/500 to 1/80 at a side of 2 pi; the network does not know that the square repeats.",
+        ),
+    ),
 }

@@ -25,10 +25,10 @@ def test_images_follow_from_the_seed_alone(name):
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_images_have_unit_scale_and_differ_from_noise(name):
-    largest = {"ct": 2.5, "black-hole": 5.0, "digits": 1.0}
-    for image in (SYNTHESISERS[name].image(seed) for seed in range(40)):
-        assert np.isfinite(image).all() and image.min() >= 0
-        level, top = np.percentile(image, 99), image.max()
+    largest = {"ct": 2.5, "black-hole": 5.0, "digits": 1.0, "vorticity": 3.0}
+    for image in (SYNTHESISERS[name].image(seed) for seed in range(40 if name != "vorticity" else 5)):
+        assert np.isfinite(image).all() and (image.min() >= 0 or name == "vorticity")
+        level, top = np.percentile(np.abs(image), 99), image.max()
         assert 0.5 < level <= 1.001 or top == pytest.approx(largest[name], rel=1e-3)
         assert name == "digits" or level == pytest.approx(1, rel=1e-3) or top > 0.999 * largest[name]
         assert top <= 1.001 * largest[name]
