@@ -288,6 +288,14 @@ def test_nan_and_unknown_options(tmp_path, plain):
         load(plain[0], label=3)
 
 
+def test_the_self_test_is_run(plain, tmp_path):
+    """Random weights do not denoise; networks of one channel are taken at their word, and the card says so."""
+    with pytest.raises(InvdiffError, match="does not denoise as it should"):
+        priors.load(plain[0])
+    write(tmp_path, network(in_channels=1, out_channels=1), diffusers.DDPMScheduler())
+    assert priors.load(tmp_path).card["check"]["verdict"].startswith("format and shapes verified")
+
+
 def test_missing_library(plain, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(InvdiffError, match=r"pip install 'invdiff\[hub\]'"):
