@@ -3,6 +3,7 @@
 | what | recognised by | weights |
 |---|---|---|
 | EDM | objects whose classes travel as source | ``ema``, or ``net`` as raw ones |
+| module | a whole network of torch, alone or as in EDM | the same |
 | Lightning | ``state_dict`` | U-Net (``model_ema.*``, names without dots, or ``model.*``), both other stages |
 | score_sde | ``ema`` with ``shadow_params`` | that list in the order of ``model``, or ``model`` |
 | nested | ``ema``, ``net``, ``model`` or ``state_dict`` with tensors | ``ema``, or the others |
@@ -165,12 +166,14 @@ def parts_of(pickled: Pickled, weights: str, where: str) -> tuple[str, list[Part
     """
     value = pickled.value
     if isinstance(value, Inert) and _is_module(value):
-        return "EDM", [_edm(value, "not stated in the checkpoint", {}, where)], _left_out({}, (), pickled)
+        part = _module(value, "not stated in the checkpoint", {}, where)
+        return _kind(value), [part], _left_out({}, (), pickled)
     if not isinstance(value, dict):
         raise InvdiffError(f"{where} holds {type(value).__name__}, and no weights by name.")
     if any(isinstance(v, Inert) and _is_module(v) for v in value.values()):
         key = _chosen(value, weights, where, {"raw": ("net", "model")})
-        return "EDM", [_edm(value[key], weights, value, where)], _left_out(value, (key,), pickled)
+        part = _module(value[key], weights, value, where)
+        return _kind(value[key]), [part], _left_out(value, (key,), pickled)
     ema = value.get("ema")
     if isinstance(ema, dict) and "shadow_params" in ema:
         state, taken = averaged(value, weights, where)
@@ -188,7 +191,7 @@ def parts_of(pickled: Pickled, weights: str, where: str) -> tuple[str, list[Part
         key = _chosen(value, weights, where, {"raw": ("net", "model")})
         return "nested", [Part("", dict(value[key]), {"weights": weights})], _left_out(value, (key,), pickled)
     raise InvdiffError(
-        f"{where} holds {', '.join(map(str, list(value)[:6]))[:120]}, and none of these are weights by name; "
+        f"{where} holds {', '.join(map(_shown, list(value)[:6]))}, and none of these are weights by name; "
         "known are checkpoints of EDM, of Lightning, of score_sde, and lists of weights."
     )
 
@@ -201,7 +204,7 @@ def _chosen(value: Mapping[Any, Any], weights: str, where: str, raw: Mapping[str
             return key
     other = "raw" if weights == "ema" else "ema"
     raise InvdiffError(
-        f"{where} has weights under {', '.join(sorted(map(str, usable)))} and none that are {weights}; "
+        f"{where} has weights under {', '.join(sorted(map(_shown, usable)))} and none that are {weights}; "
         f"convert it with --weights {other}."
     )
 
@@ -218,15 +221,25 @@ def _left_out(
     value: Mapping[Any, Any], taken: tuple[str, ...], pickled: Pickled, more: Iterable[str] = ()
 ) -> tuple[str, ...]:
     """Other keys, further weights, and classes that were not made."""
-    keys = sorted(str(k)[:60] for k in value if k not in taken)
-    return (*keys, *more, *(name for name in pickled.names if not name.startswith(_PERSISTENT)))
+    keys = sorted(_shown(k) for k in value if k not in taken)
+    names = (_shown(name) for name in pickled.names if not name.startswith(_PERSISTENT))
+    return (*keys, *more, *names)
+
+
+def _shown(name: Any) -> str:
+    """A name from a file, fit for a terminal."""
+    return re.sub(r"[^ -~]", "?", str(name))[:100]
 
 
 def _is_module(value: Inert) -> bool:
     return isinstance(value.state, dict) and isinstance(value.state.get("_modules"), dict)
 
 
-def _edm(module: Inert, weights: str, whole: Mapping[Any, Any], where: str) -> Part:
+def _kind(module: Inert) -> str:
+    return "EDM" if module.name.module == _PERSISTENT else "module"
+
+
+def _module(module: Inert, weights: str, whole: Mapping[Any, Any], where: str) -> Part:
     """Weights of a module, its class and arguments, and those of the network inside."""
     state: dict[str, Tensor] = {}
     waiting: list[tuple[str, Inert, int]] = [("", module, 0)]
@@ -242,22 +255,23 @@ def _edm(module: Inert, weights: str, whole: Mapping[Any, Any], where: str) -> P
                 if tensor is None or not isinstance(name, str) or _passing(at, kind, name):
                     continue
                 if not isinstance(tensor, Tensor):
-                    raise InvdiffError(f"{where} has weights {prefix + name} of a kind that is not read.")
+                    raise InvdiffError(f"{where} has weights {_shown(prefix + name)} of a kind that is not read.")
                 state[prefix + name] = tensor
         inner = at.state.get("_modules")
         for name, child in inner.items() if isinstance(inner, dict) else ():
             if isinstance(child, Inert) and isinstance(child.state, dict):
                 waiting.append((f"{prefix}{name}.", child, depth + 1))
     if not state:
-        raise InvdiffError(f"{where} holds a {module.name.name} without weights; fetch it again.")
+        raise InvdiffError(f"{where} holds a {_shown(module.name.name)} without weights; fetch it again.")
     network = module.state["_modules"].get("model")
-    described = {"preconditioning": module} | ({"network": network} if isinstance(network, Inert) else {})
+    inside = isinstance(network, Inert) and isinstance(network.state, dict)
+    described = {"preconditioning": module, "network": network} if inside else {"network": module}
     return Part(
         "",
         state,
         {
             "weights": weights,
-            "classes": {k: m.name.name for k, m in described.items()},
+            "classes": {k: _shown(m.name.name) for k, m in described.items()},
             "arguments": {k: _plain(m.state.get("_init_kwargs")) for k, m in described.items()},
             "attributes": _plain({k: v for k, v in module.state.items() if not str(k).startswith("_")}),
             **_data(whole.get("dataset_kwargs")),
@@ -321,7 +335,7 @@ def _others(state: Mapping[Any, Any], parts: list[Part]) -> list[str]:
     """Weights of no part; the kind of a diffusion's weights that was not asked for goes without saying."""
     taken = {part.about.get("prefix", "") + name for part in parts for name in part.state}
     own = ("model_ema.", _STAGES["unet"])
-    listed = sorted(str(k)[:60] for k in state if k not in taken and not str(k).startswith(own))
+    listed = sorted(_shown(k) for k in state if k not in taken and not str(k).startswith(own))
     return [f"state_dict: {name}" for name in listed[:100]]
 
 
@@ -337,7 +351,7 @@ def _dotless(
     for key, name in names.items():
         if name not in tensors or tensors[name].shape != own[key].shape:
             raise InvdiffError(
-                f"{where} has no averaged weights of the right shape for {key[:120]}; convert it with "
+                f"{where} has no averaged weights of the right shape for {_shown(key)}; convert it with "
                 "--weights raw."
             )
     return {key: tensors[name] for key, name in names.items()}

@@ -22,6 +22,8 @@ __all__ = ["Inert", "Machine", "Maker", "Name", "Refused", "Session"]
 
 #: Steps of all pickles of a file; the largest published checkpoints take a hundredth.
 MOST_STEPS = 5_000_000
+#: Bits of a number.
+LONGEST = 1024
 #: Files inside files: torch nests its own format once.
 MOST_NESTED = 2
 # Their mere presence says that the file is an attack. Nothing here depends on the list: no name is ever acted on.
@@ -130,7 +132,7 @@ class Machine:
             if code.name == "STOP":
                 return self.stack.pop()
             if code.name in pushed:
-                self.stack.append(argument)
+                self.stack.append(_bounded(argument))
             elif code.name not in _IGNORED:
                 step = _STEPS.get(code.name)
                 if step is None:
@@ -194,6 +196,15 @@ class Machine:
             target.extend(values)
         else:
             raise Refused("is damaged")
+
+
+def _bounded(value: Any) -> Any:
+    """Refuse what can be read and not be written again: half characters, and numbers of thousands of digits."""
+    if isinstance(value, str):
+        value.encode()
+    elif isinstance(value, int) and value.bit_length() > LONGEST:
+        raise Refused("has a number of more digits than any checkpoint needs; it is not read")
+    return value
 
 
 def _build(m: Machine, _: Any) -> None:

@@ -340,6 +340,23 @@ def test_command_refuses(folder):
     assert not (folder / "flag").exists()
 
 
+def test_a_whole_module_of_torch(folder):
+    net = network("NCSN++")
+    torch.save(net, "whole.pt")
+    done = convert("whole.pt")
+    assert done.found == "module"
+    assert "invdiff.networks.songunet.SongUNet" in done.left_out
+    torch.testing.assert_close(load_file(done.files[0]), dict(net.state_dict()))
+    assert priors.load(done.files[0], preconditioning="ve").card["format"] == "EDM NCSN++"
+
+
+def test_names_are_fit_for_a_terminal(folder):
+    torch.save({"ema": {"a": noise(2)}, "\x1b[2Jgone\n": 1}, "odd.pt")
+    out = run("priors", "convert", "odd.pt").stdout
+    assert "\x1b" not in out
+    assert "Left out: ?[2Jgone?." in out
+
+
 @pytest.mark.usefixtures("their_packages")
 def test_modules_without_end(folder):
     import pickle

@@ -377,5 +377,7 @@ def test_damage_is_one_sentence(tmp_path):
     path.write_text("<html>not found</html>")
     refused(path, "no pickle")
     refused(raw(tmp_path, b"\x82\x01"), "EXT1")
+    refused(raw(tmp_path, b"\x8b" + struct.pack("<i", 500) + b"\x7f" * 500), "more digits")
+    refused(raw(tmp_path, b"\x8c\x03\xed\xb2\x80"), "damaged")
     for body in (b"", b"a", b"t", b"0", b"h\x05", b"R", b"\x93", b"(K\x01d", b"K\x01K\x02a", b"K\x01K\x02K\x03s"):
         refused(raw(tmp_path, body), "damaged|truncated")
