@@ -406,6 +406,11 @@ class DecodeOperator(Operator):
         self.codec = codec
         self.domain, self.range = codec.prior, codec.image
 
+    @property
+    def name(self) -> str:
+        """What stands in messages; it is no operator of the user's."""
+        return "decoder"
+
     def _forward(self, x: Tensor) -> Tensor:
         return self.codec.decode(x.to(self.domain.dtype))
 

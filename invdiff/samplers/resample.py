@@ -9,8 +9,8 @@ and every ``period`` steps, after the first third of them, with ``D~`` the denoi
     z = E(argmin_u ||y - A(u)||  from G(D~))    in the second third,     argmin_z ||y - A(G(z))||  in the last,
     x' = (v z + t^2 x') / (v + t^2) + sqrt(v t^2 / (v + t^2)) n,         v = gamma t^2 (1 - t^2 / s^2)
 
-The fits stop at the noise level of the data: a residual below it has taken noise for image. The run ends in a
-last fit in latent space. It is an optimum near a random start, and the draws show too little of the spread.
+The fits stop at the noise level of the data: a residual below it has taken noise for image. A last fit of the
+latent ends the run. No step draws from the posterior; the spread of the draws is what the resampling makes of it.
 
 Differences from the published code: ``D`` is Tweedie's (the code removes ``sqrt(1 - abar)`` of that noise, a tenth
 of it at ``abar = 0.99``; ``tweedie="published"``); the fits stop at the likelihood's noise level (the code's
@@ -31,9 +31,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from invdiff.errors import InvdiffError
 from invdiff.primitives import ddim, extrapolate, probability_flow
 from invdiff.primitives.consistency import decode, fit_to_noise, seen_data
 from invdiff.primitives.misfit import misfit_ascent, misfit_unit
+from invdiff.problem import Problem
 from invdiff.rng import Streams
 from invdiff.sampler import Context, Sampler, State
 
@@ -58,9 +60,7 @@ class ReSample(Sampler):
     reference: ClassVar[str] = "Song et al., ICLR 2024, arXiv:2307.08123"
     requires: ClassVar[frozenset[str]] = frozenset({"vjp", "quadratic", "noise", "denoiser-vjp"})
     _code = {"tweedie": "published", "noise_share": 0.1}
-    presets: ClassVar = {
-        "published": {"steps": 500, "period": 10, "iterations": 500, "order": 1, **_code},
-    }
+    presets: ClassVar = {"published": {"steps": 500, "period": 10, "iterations": 500, "order": 1, **_code}}
 
     steps: int = 100
     schedule: Literal["edm", "geometric", "vp", "vp-quadratic", "flow"] = "vp"
@@ -72,6 +72,11 @@ class ReSample(Sampler):
     noise_share: float = 1.0
     tweedie: Literal["exact", "published"] = "exact"
     order: Literal[1, 2] = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.period < 1 or self.ahead < 1:
+            raise InvdiffError(f"resample needs period and ahead of at least 1, got {self.period}, {self.ahead}.")
 
     def init(self, ctx: Context, rows: int, rng: Streams) -> State:
         """Start from noise; find the unit of the misfit, and where there are data."""
@@ -85,29 +90,25 @@ class ReSample(Sampler):
         kept = {"unit": state["unit"], "seen": state["seen"]}
         d, pull = ctx.denoise.vjp(x, s, once=True)
         if t == 0:
-            return {**kept, "x": self._fit(ctx, state, d)}
+            return {**kept, "x": self._fit(problem, state, d)}
         c = self._share(s)
         ascent = misfit_ascent(problem, x + c * (d - x), lambda v: (1 - c) * v + c * pull(v), state["unit"])
-        weight = self.zeta * math.sqrt((1 + t * t) / (1 + s * s))
         ahead = extrapolate(d, state.get("d") if self.order == 2 else None, ctx.sigmas, k)
-        x = ddim(x, ahead, s, t, 0.0, None) + weight * ascent
+        x = ddim(x, ahead, s, t, 0.0, None) + self.zeta * math.sqrt((1 + t * t) / (1 + s * s)) * ascent
         done, steps = k + 1, len(ctx.sigmas) - 1
         if 3 * done < steps or (steps - done) % self.period:
             return {**kept, "x": x, "d": d}
         near = self._ahead(ctx, x, done)
         if 3 * done < 2 * steps:
-            image = fit_to_noise(
-                ctx.image, decode(ctx.codec, near), state["seen"], self.iterations, self.noise_share
-            )
-            z = ctx.codec.encode(image).to(x.dtype)
+            z = ctx.codec.encode(self._fit(ctx.image, state, decode(ctx.codec, near))).to(x.dtype)
         else:
-            z = self._fit(ctx, state, near)
+            z = self._fit(problem, state, near)
         v = self.gamma * t * t * (1 - (t / s) ** 2)
         spread = math.sqrt(v * t * t / (v + t * t))
         return {**kept, "x": (v * z + t * t * x) / (v + t * t) + spread * ctx.noise(rng, len(x))}
 
-    def _fit(self, ctx: Context, state: State, z: Tensor) -> Tensor:
-        return fit_to_noise(ctx.measured, z, state["seen"], self.iterations, self.noise_share)
+    def _fit(self, problem: Problem, state: State, z: Tensor) -> Tensor:
+        return fit_to_noise(problem, z, state["seen"], self.iterations, self.noise_share)
 
     def _share(self, s: float) -> float:
         return s / math.sqrt(1 + s * s) if self.tweedie == "published" else 1.0

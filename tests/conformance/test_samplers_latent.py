@@ -235,6 +235,11 @@ def test_resample_is_the_published_update(tweedie):
     torch.testing.assert_close(ours, drawn / math.sqrt(NEXT), rtol=1e-10, atol=1e-12)
 
 
+def test_resample_needs_a_period():
+    with pytest.raises(InvdiffError, match="period and ahead of at least 1, got 0, 5"):
+        samplers.ReSample(period=0)
+
+
 def test_resample_fits_pixels_before_latents():
     """In the second third of the steps the fit is one of images, which the encoder brings back."""
     problem = toy()[0]
