@@ -331,3 +331,15 @@ def test_the_units_of_the_image_change_nothing(networks, name):
 
     one, two = run(own, code), run(scaled, Scale(IMAGE, factor) @ code)
     assert np.abs(two / factor - one).max() < 1e-6 * np.abs(one).max()
+
+
+def test_batches_are_sized_by_the_image_where_it_is_larger_than_the_latent():
+    big = Space((1, 512, 512), torch.float64)
+    code = Latent(
+        lambda x: nn.functional.avg_pool2d(x, 256),
+        lambda z: nn.functional.interpolate(z, scale_factor=256),
+        big,
+        scale=1.0,
+    )
+    made = invdiff.sample(None, prior_of(code), samplers.DPMpp(steps=2), draws=8, seed=0)
+    assert code.prior.size == 4 and made.provenance["max_batch"] == (1 << 20) // big.size
