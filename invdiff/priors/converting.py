@@ -171,7 +171,7 @@ def parts_of(pickled: Pickled, weights: str, where: str) -> tuple[str, list[Part
     if not isinstance(value, dict):
         raise InvdiffError(f"{where} holds {type(value).__name__}, and no weights by name.")
     if any(isinstance(v, Inert) and _is_module(v) for v in value.values()):
-        key = _chosen(value, weights, where, {"raw": ("net", "model")})
+        key = _chosen(value, weights, where)
         part = _module(value[key], weights, value, where)
         return _kind(value[key]), [part], _left_out(value, (key,), pickled)
     ema = value.get("ema")
@@ -188,7 +188,7 @@ def parts_of(pickled: Pickled, weights: str, where: str) -> tuple[str, list[Part
     if _tensors(value):
         return "flat", [Part("", dict(value), {"weights": "not stated in the checkpoint"})], ()
     if any(_tensors(v) for v in value.values()):
-        key = _chosen(value, weights, where, {"raw": ("net", "model")})
+        key = _chosen(value, weights, where)
         return "nested", [Part("", dict(value[key]), {"weights": weights})], _left_out(value, (key,), pickled)
     raise InvdiffError(
         f"{where} holds {', '.join(map(_shown, list(value)[:6]))}, and none of these are weights by name; "
@@ -196,10 +196,10 @@ def parts_of(pickled: Pickled, weights: str, where: str) -> tuple[str, list[Part
     )
 
 
-def _chosen(value: Mapping[Any, Any], weights: str, where: str, raw: Mapping[str, tuple[str, ...]]) -> str:
+def _chosen(value: Mapping[Any, Any], weights: str, where: str) -> str:
     """Key of the weights that are asked for."""
     usable = {k for k, v in value.items() if _tensors(v) or (isinstance(v, Inert) and _is_module(v))}
-    for key in ("ema",) if weights == "ema" else raw["raw"]:
+    for key in ("ema",) if weights == "ema" else ("net", "model"):
         if key in usable:
             return key
     other = "raw" if weights == "ema" else "ema"
@@ -259,8 +259,13 @@ def _module(module: Inert, weights: str, whole: Mapping[Any, Any], where: str) -
                 state[prefix + name] = tensor
         inner = at.state.get("_modules")
         for name, child in inner.items() if isinstance(inner, dict) else ():
-            if isinstance(child, Inert) and isinstance(child.state, dict):
-                waiting.append((f"{prefix}{name}.", child, depth + 1))
+            if child is None:
+                continue
+            if not isinstance(child, Inert) or not isinstance(child.state, dict):
+                raise InvdiffError(
+                    f"{where} has a module {_shown(prefix + str(name))} of a kind that is not read."
+                )
+            waiting.append((f"{prefix}{name}.", child, depth + 1))
     if not state:
         raise InvdiffError(f"{where} holds a {_shown(module.name.name)} without weights; fetch it again.")
     network = module.state["_modules"].get("model")

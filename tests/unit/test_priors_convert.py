@@ -366,6 +366,14 @@ def test_modules_without_end(folder):
         inner = persistent("Net", {"a": inner})
     (folder / "deep.pkl").write_bytes(pickle.dumps({"ema": inner}))
     assert "modules without end" in refuse(folder, "priors", "convert", "deep.pkl")
+    # A part that cannot be read is not left out in silence.
+    for part in (5, Reduced(Callback, ())):
+        mixed = persistent("Net", {"a": persistent("Net", parameters={"w": noise(2)}), "b": part})
+        (folder / "deep.pkl").write_bytes(pickle.dumps({"ema": mixed}))
+        assert "a module b of a kind" in refuse(folder, "priors", "convert", "deep.pkl")
+    mixed = persistent("Net", parameters={"w": Reduced(Callback, ())})
+    (folder / "deep.pkl").write_bytes(pickle.dumps({"ema": mixed}))
+    assert "weights w of a kind" in refuse(folder, "priors", "convert", "deep.pkl")
 
 
 def latent_diffusion(path, scale=True):

@@ -5,7 +5,7 @@
 | ``edm`` | ``c_skip x + c_out F(c_in x, time)``, ``sigma_data`` 0.5 | ``log(sigma) / 4`` | 0.002 to 80 |
 | ``vp`` | ``x - sigma F(x / sqrt(1 + sigma^2), time)`` | ``999 t(sigma)``, continuous | 0.001 to 152 |
 | ``ve`` | ``x + sigma F(x, time)`` | ``log(sigma / 2)`` | 0.02 to 100 |
-| ``iddpm`` | the same, of half the channels | step of the table | 0.0064 to 20291 |
+| ``iddpm`` | as ``vp``, of half the channels | step of the table | 0.0064 to 20291 |
 
 Architecture and sizes are read off names and shapes. The preconditioning comes from the card of a converted
 pickle, or from a preset, or is declared: nothing in a bare list of weights tells. EDM snaps the time of ``iddpm``
