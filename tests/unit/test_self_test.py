@@ -3,12 +3,15 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import invdiff
 from invdiff import InvdiffError, priors
+from invdiff.cli.app import app
 from invdiff.prior import FunctionDenoiser, Prior
 from invdiff.priors.dead_leaves import dead_leaves
 from invdiff.priors.self_test import COUNT, examine, self_test
@@ -95,13 +98,17 @@ def test_without_the_check(file):
     assert load(file, check=False, qkv="new").card["check"] == {"verdict": "not checked"}
 
 
-def test_a_network_of_unknown_images(tmp_path):
-    """Of one channel: nothing says what its images are."""
+def one_channel(path):
+    """Write a network of one channel: nothing says what its images are."""
     state = tiny_adm.weights()
     state["input_blocks.0.0.weight"] = state["input_blocks.0.0.weight"].sum(1, keepdim=True)
     for name in ("out.2.weight", "out.2.bias"):
         state[name] = state[name][:1]
-    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "grey.safetensors")
+    save_file({k: v.contiguous() for k, v in state.items()}, path)
+
+
+def test_a_network_of_unknown_images(tmp_path):
+    one_channel(tmp_path / "grey.safetensors")
     check = load(tmp_path / "grey.safetensors").card["check"]
     assert check == {"verdict": "format and shapes verified, denoising not: give samples="}
 
@@ -145,3 +152,36 @@ def test_the_verdict_is_on_a_new_card(file):
 def test_embedded_prior_repeats_its_figures():
     check = priors.load("brain-mri").card["check"]
     assert check["verdict"] == "passed" and check["largest_deviation"] < 0.03
+
+
+def cli(*words, code=0):
+    done = CliRunner().invoke(app, [str(w) for w in words])
+    assert done.exit_code == code, f"{done.output}\n{done.stderr}"
+    return done
+
+
+def test_command_line(file, samples, tmp_path):
+    """Card and check of a checkpoint of another format, and the list of formats."""
+    own = ("--set", "head_channels=8", "--set", f"size={tiny_adm.SIZE}")
+    shown = cli("priors", "card", file, *own).stdout
+    assert "guided diffusion U-Net" in shown and "Denoising of held-out" not in shown
+    card = json.loads(cli("priors", "card", file, *own, "--json").stdout)
+    assert card["sigma_max"] == pytest.approx(157.4, rel=1e-3) and "check" not in card
+    assert "tiny.pt: pass" in cli("priors", "check", file, *own).stdout
+    np.save(tmp_path / "clean.npy", samples.numpy())
+    assert json.loads(cli("priors", "check", file, *own, "--samples", tmp_path / "clean.npy", "--json").stdout)[
+        "ok"
+    ]
+    wrong = cli("priors", "check", file, *own, "--set", "qkv=new", "--json", code=3)
+    assert json.loads(wrong.stdout)["failed"]
+    assert "takes NAME=VALUE" in cli("priors", "card", file, "--set", "qkv", code=2).stderr
+    listed = json.loads(cli("priors", "formats", "--json").stdout)["formats"]
+    assert "head_channels" in listed["guided diffusion (ADM) state dicts"]
+    assert "deepinv" in cli("priors", "formats").stdout
+
+
+def test_command_line_asks_for_samples(tmp_path):
+    grey = tmp_path / "grey.safetensors"
+    one_channel(grey)
+    own = ("--set", "head_channels=8")
+    assert "give clean ones of their kind with --samples" in cli("priors", "check", grey, *own, code=2).stderr
