@@ -184,6 +184,9 @@ def assemble(
         network = network.to(network_dtype)
     if label is not None and "label" not in conditions:
         raise InvdiffError("This network is not conditional on a class; leave out label.")
+    given = {} if label is None else {"label": torch.as_tensor(label)}
+    if given and (given["label"].ndim or given["label"].is_floating_point()):
+        raise InvdiffError(f"label is the class of all images, one whole number, got {label!r:.60}.")
     gain = (top - floor) / (high - low)
     offset = floor - gain * low
     denoiser = ParametrisedDenoiser(
@@ -197,7 +200,7 @@ def assemble(
         differentiable=differentiable,
         sigma_data=_SPREAD * (high - low) if sigma_data is None else sigma_data,
         conditions=conditions,
-        given={} if label is None else {"label": torch.as_tensor(label)},
+        given=given,
     )
     about = {
         **card,

@@ -187,6 +187,10 @@ def test_classes(tmp_path):
     assert torch.allclose(free(x, sigma, cond={"label": label}), wanted, atol=1e-5)
     bound = load(tmp_path, label=4).denoiser
     assert torch.allclose(bound(x, sigma)[0], wanted[0], atol=1e-5)
+    with pytest.raises(InvdiffError, match="from 0 to 4"):
+        free(x, sigma, cond={"label": torch.tensor([5, 0])})
+    with pytest.raises(InvdiffError, match="one whole number"):
+        load(tmp_path, label=label)
     with pytest.raises(InvdiffError, match="no condition 'class'"):
         bound(x, sigma, cond={"class": label})
     unet.register_to_config(class_embed_type="identity")

@@ -281,6 +281,33 @@ def test_one_of_several_files(hub, state, tmp_path):
         load(PINNED)
 
 
+def test_a_pipeline_of_diffusers(hub, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    with torch.random.fork_rng():
+        unet = diffusers.UNet2DModel(
+            sample_size=8,
+            block_out_channels=(8, 8),
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+        ).eval()
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "made")
+    hub.files = {
+        p.relative_to(tmp_path / "made").as_posix(): p.read_bytes()
+        for p in (tmp_path / "made").rglob("*")
+        if p.is_file()
+    }
+    hub.files["pipeline.py"] = b"raise RuntimeError"
+    prior = priors.load(PINNED, check=False)
+    assert prior.card["format"] == "diffusers UNet2DModel" and prior.card["source"] == PINNED
+    assert "unet/diffusion_pytorch_model.safetensors" in prior.card["files"]
+    assert not asked(hub, "pipeline.py"), "no code is fetched"
+    part = priors.load(f"{PINNED}/unet", check=False)
+    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(part.denoiser(x, 1.0), prior.denoiser(x, 1.0))
+
+
 def test_missing_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(InvdiffError, match=r"pip install 'invdiff\[hub\]'"):

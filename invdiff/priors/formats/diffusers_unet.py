@@ -60,11 +60,13 @@ _LICENCES = {"google/ddpm-": "Apache-2.0", "google/ncsnpp-": "Apache-2.0"}
 class _Network(nn.Module):
     """``network(z, time, label)`` around diffusers' class, which returns an object and calls labels otherwise."""
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, unet: nn.Module, classes: int | None) -> None:
         super().__init__()
-        self.unet = unet
+        self.unet, self.classes = unet, classes
 
     def forward(self, z: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
+        if label is not None and not bool(((label >= 0) & (label < (self.classes or 0))).all()):
+            raise InvdiffError(f"label must hold whole numbers from 0 to {(self.classes or 0) - 1}.")
         out: Tensor = self.unet(z, time, class_labels=label, return_dict=False)[0]
         return out
 
@@ -122,7 +124,7 @@ def build(source: Source, **declared: Any) -> Prior:
         "images": "natural" if inputs == 3 else "unknown",
     }
     return assemble(
-        _Network(unet),
+        _Network(unet, config.get("num_class_embeds")),
         parametrisation,
         frame,
         inputs,
