@@ -25,6 +25,7 @@ __all__ = ["SCHEME", "Address", "fetch", "parse", "selection"]
 SCHEME = "hf://"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ADDRESS = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/@]+))?(/(?P<file>[^@]+))?")
+_VARIANT = re.compile(r"\.(fp16|bf16|non_ema)(?=\.)")
 #: How deep in a repository a checkpoint's files lie; see `Source.files`.
 DEPTH = 2
 
@@ -121,6 +122,8 @@ def selection(where: Address, files: Sequence[str]) -> list[str]:
             raise InvdiffError(f"{where.repo} has no {where.file} at {where.revision}; it has {_some(files)}.")
         # The scheduler of a pipeline belongs to its network.
         kept += [f for f in files if f == "scheduler/scheduler_config.json"]
+    # Variants (half precision, weights without averaging) lie beside the weights themselves.
+    kept = [f for f in kept if (plain := _VARIANT.sub("", f)) == f or plain not in files]
     safe = [f for f in kept if f.endswith(".safetensors")]
     homes = {PurePosixPath(f).parent for f in safe}
     torch_files = [f for f in kept if f.endswith(TORCH_SUFFIXES) and PurePosixPath(f).parent not in homes]

@@ -261,6 +261,8 @@ def test_files_that_make_up_a_checkpoint():
     found = selection(here, [*pipeline, safe, old, "unet/x.msgpack", "README.md"])
     assert found == sorted([*pipeline[:3], safe]), "torch files only where no safetensors lie beside them"
     assert old in selection(here, [*pipeline, old])
+    half = safe.replace(".safe", ".fp16.safe")
+    assert half not in selection(here, [*pipeline, safe, half]) and half in selection(here, [*pipeline, half])
     part = selection(Address(REPO, file="unet"), [*pipeline, safe, old])
     assert part == sorted(["unet/config.json", safe, "scheduler/scheduler_config.json"])
     assert selection(Address(REPO, file="b.pt"), ["a.pt", "b.pt", "b.json"]) == ["b.pt", "b.json"]
@@ -324,3 +326,14 @@ def test_the_librarys_own_variables(hub, tmp_path):
         [sys.executable, "-c", program], env={**os.environ, **own}, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == PINNED and (tmp_path / "home" / "hub").is_dir()
+
+
+def test_hash_of_a_local_file(tmp_path, state):
+    path = tmp_path / "waves.pt"
+    torch.save(state, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert load(path, sha256=digest).card["sha256"] == digest
+    with pytest.raises(InvdiffError, match="was demanded; it was not loaded"):
+        load(path, sha256="0" * 64)
+    with pytest.raises(InvdiffError, match="the hash of one file"):
+        load(tmp_path, sha256=digest)

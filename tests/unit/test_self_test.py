@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import invdiff
-from invdiff import InvdiffError, priors
+from invdiff import InvdiffError, likelihoods, operators, priors
 from invdiff.cli.app import app
 from invdiff.prior import FunctionDenoiser, Prior
 from invdiff.priors.dead_leaves import dead_leaves
@@ -185,3 +185,22 @@ def test_command_line_asks_for_samples(tmp_path):
     one_channel(grey)
     own = ("--set", "head_channels=8")
     assert "give clean ones of their kind with --samples" in cli("priors", "check", grey, *own, code=2).stderr
+
+
+@pytest.mark.parametrize("channels", [3, 1], ids=["colour", "grey"])
+def test_a_loaded_prior_fills_gaps(file, channels):
+    """End to end: 40 % of the pixels are missing, and their error falls well below that of the mean."""
+    prior = load(file, check=False)
+    prior = prior if channels == 3 else prior.for_grey()
+    x = dead_leaves(1, 3, 8, seed=77)[:, :, :7]
+    x = x if channels == 3 else x.mean(1, keepdim=True)
+    seen = torch.rand(1, 7, 8, generator=torch.Generator().manual_seed(1)) < 0.6
+    operator = operators.Mask(seen.expand(channels, 7, 8), invdiff.Space((channels, 7, 8)))
+    problem = invdiff.Problem.simulate(operator, likelihoods.Gaussian(0.05), x, seed=0)
+    posterior = invdiff.sample(problem, prior, "dds", draws=8, seed=0)
+    mean = torch.as_tensor(posterior.mean().values.copy()).reshape(x.shape)
+    hidden = ~seen.expand(x.shape)
+    error, naive = (float((guess - x)[hidden].square().mean().sqrt()) for guess in (mean, x.mean()))
+    # Measured: 0.62 and 0.67 of the mean's error; 0.035 and 0.047 where pixels are seen.
+    assert error < 0.8 * naive
+    assert float((mean - x)[~hidden].square().mean().sqrt()) < 0.06
