@@ -326,6 +326,16 @@ def test_published_networks_are_known_by_their_sizes(preset):
     assert VP.from_betas(preset.schedule).sigma_max == pytest.approx(highest, rel=1e-3)
 
 
+def test_one_scale_per_case(file):
+    """Images of two cases in [0, 1] and [0, 3]: the offset of the range is scaled with them."""
+    prior = load(file)
+    codec = prior.bind(invdiff.Space((3, 8, 8)), torch.tensor([1.0, 3.0])).codec
+    ends = codec.decode(torch.stack([torch.ones(3, 8, 8), torch.ones(3, 8, 8)]))
+    assert ends[0].eq(1).all() and ends[1].eq(3).all()
+    assert codec.decode(-torch.ones(2, 3, 8, 8)).abs().max() == 0
+    torch.testing.assert_close(codec.encode(ends), torch.ones(2, 3, 8, 8))
+
+
 def test_images_and_complex_images(tmp_path):
     torch.save(weights(changed(inputs=2, outputs=4)), tmp_path / "two.pt")
     prior = load(tmp_path / "two.pt")
