@@ -66,6 +66,7 @@ def check_denoiser(
     *,
     similar: bool = False,
     draws: int = 0,
+    reach: float = math.inf,
 ) -> Report:
     """Check a denoiser against clean samples.
 
@@ -97,6 +98,7 @@ def check_denoiser(
             images and photographs do. The bounds are then wider: step 0.3, and above the samples' spread step 0.6,
             error 1.5 times the best shrinkage's, means 1 spread, spread of the draws a factor 4.
         draws: Number of draws from the denoiser to look at; none by default.
+        reach: Levels above this many spreads of the samples are not looked at.
 
     Returns:
         A report; ``report.ok`` is the verdict and ``print(report)`` shows every figure.
@@ -114,7 +116,7 @@ def check_denoiser(
         x0 = samples.to(denoiser.dtype).repeat(repeats, *[1] * (samples.ndim - 1))
         slack = _SIMILAR if similar else _SAME
         checks = (
-            *_levels(denoiser, x0, seed, repeats, slack),
+            *_levels(denoiser, x0, seed, repeats, slack, reach),
             *_rows(denoiser, x0, seed),
             *_float32(denoiser, x0, seed),
             *_draws(denoiser, x0[: len(samples)], seed, draws, slack),
@@ -133,10 +135,11 @@ def _rms(x: Tensor) -> float:
     return float(x.double().square().mean().sqrt())
 
 
-def _levels(d: Denoiser, x0: Tensor, seed: int, repeats: int, slack: _Slack) -> Iterator[Check]:
+def _levels(d: Denoiser, x0: Tensor, seed: int, repeats: int, slack: _Slack, reach: float) -> Iterator[Check]:
     """Error, step, order and ends."""
     spread, middle = float(x0.double().std(correction=0)), float(x0.double().mean())
-    grid = torch.logspace(math.log10(d.sigma_min), math.log10(d.sigma_max), LEVELS, dtype=torch.float64)
+    top = max(min(d.sigma_max, reach * spread), 2 * d.sigma_min)
+    grid = torch.logspace(math.log10(d.sigma_min), math.log10(top), LEVELS, dtype=torch.float64)
     errors: list[float] = []
     judged = False
     for k, sigma in enumerate(grid.clamp(d.sigma_min, d.sigma_max).tolist()):

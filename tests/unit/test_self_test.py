@@ -13,6 +13,8 @@ import invdiff
 from invdiff import InvdiffError, likelihoods, operators, priors
 from invdiff.cli.app import app
 from invdiff.prior import FunctionDenoiser, Prior
+from invdiff.priors import self_test as self_test_module
+from invdiff.priors.checks import check_denoiser
 from invdiff.priors.dead_leaves import dead_leaves
 from invdiff.priors.self_test import COUNT, examine, self_test
 from tests.unit import tiny_adm
@@ -204,3 +206,21 @@ def test_a_loaded_prior_fills_gaps(file, channels):
     # Measured: 0.62 and 0.67 of the mean's error; 0.035 and 0.047 where pixels are seen.
     assert error < 0.8 * naive
     assert float((mean - x)[~hidden].square().mean().sqrt()) < 0.06
+
+
+def test_images_smaller_than_those_of_the_training(file, monkeypatch):
+    """High levels of a sound network look wrong there, and are left out; mistaken heads are still found."""
+    monkeypatch.setattr(self_test_module, "LARGEST", 4)
+    check = load(file).card["check"]
+    assert check["images"].endswith(
+        "dead leaves, perhaps smaller than in training, so that high levels are not judged"
+    )
+    assert not any("draws" in line for line in check["lines"])
+    assert max(float(line.split()[-1]) for line in check["lines"] if line.startswith("error at")) < 3
+    for wrong in ({"qkv": "new"}, {"head_channels": 16}):
+        with pytest.raises(InvdiffError, match="does not denoise as it should"):
+            load(file, **wrong)
+    bound = load(file, check=False).bind(invdiff.Space((3, 4, 4)))
+    assert not check_denoiser(bound, dead_leaves(4, 3, 4), similar=True).ok, (
+        "or there would be nothing to leave out"
+    )
