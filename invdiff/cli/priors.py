@@ -17,6 +17,8 @@ from invdiff.cli.output import console, print_facts, table
 from invdiff.errors import InvdiffError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
 app = typer.Typer(
@@ -138,8 +140,8 @@ def check(
         typer.Option(
             "--samples",
             help="A .npy array (case, channel, y, x) of clean images, in prior units for embedded priors and "
-            "files of that format, in image units for others. If left out, head slices for the former, and "
-            "synthetic images (dead leaves) for priors of natural images.",
+            "files of that format, in image units for others. If left out, held-out images of the kind that "
+            "the former were trained on, and synthetic images (dead leaves) for priors of natural images.",
         ),
     ] = None,
     declared: Declared = None,
@@ -153,7 +155,8 @@ def check(
 
     prior = library.load(name, check=False, **_declared(declared))
     if isinstance(prior.denoiser, library.NetworkDenoiser):
-        slices = _clean(samples, prior.denoiser.channels)
+        slices = _drawn(prior.card) if samples is None else None
+        slices = _clean(samples, prior.denoiser.channels) if slices is None else slices
         ny, nx = (n - n % prior.denoiser.multiple for n in slices.shape[-2:])
         report = check_denoiser(prior, slices[..., :ny, :nx], seed=seed)
     elif samples is None and not self_test.is_natural(prior):
@@ -181,6 +184,22 @@ def _declared(items: list[str] | None) -> dict[str, Any]:
             raise InvdiffError(f"--set takes NAME=VALUE, got {item!r}; for example --set head_channels=64.")
         found[key.strip().replace("-", "_")] = read_value(text.strip(), None, f"--set {key}")
     return found
+
+
+def _drawn(card: Mapping[str, Any]) -> Tensor | None:
+    """Held-out images of the synthesiser that made a prior's training images, of one size; None if none did."""
+    import numpy as np
+    import torch
+
+    from invdiff.training.synthesisers import SYNTHESISERS
+
+    data = card.get("recipe", {}).get("data")
+    if data not in SYNTHESISERS or data == "brain":  # head slices are stored, and drawing them needs a template
+        return None
+    images = [SYNTHESISERS[data].image(seed, held_out=True) for seed in range(16)]
+    ny, nx = (min(image.shape[axis] for image in images) for axis in (-2, -1))
+    cut = [im[:, (im.shape[1] - ny) // 2 :, (im.shape[2] - nx) // 2 :][:, :ny, :nx] for im in images]
+    return torch.from_numpy(np.asarray(cut, np.float32))
 
 
 def _clean(path: Path | None, channels: int) -> Tensor:

@@ -23,7 +23,7 @@ from invdiff.prior import Denoiser, Prior
 from invdiff.spaces import Space
 
 _FOLDER = Path(__file__).resolve().parent
-_EMBEDDED = {"brain-mri": "brain_mri.safetensors"}
+_EMBEDDED = {"brain-mri": "brain_mri.safetensors", "ct-phantom": "ct_phantom.safetensors"}
 
 
 class NetworkDenoiser(Denoiser):
