@@ -27,7 +27,15 @@ from invdiff.priors.source import Source
 __all__ = ["FORMATS", "build", "recognise"]
 
 #: Modules of this package, asked in this order: those that a configuration names come before those by shapes.
-FORMATS: tuple[str, ...] = ("diffusers_unet", "latent_unet", "deepinv", "guided_diffusion", "edm", "score_sde")
+FORMATS: tuple[str, ...] = (
+    "diffusers_unet",
+    "diffusers_latent",
+    "latent_unet",
+    "deepinv",
+    "guided_diffusion",
+    "edm",
+    "score_sde",
+)
 
 
 def module(name: str) -> ModuleType:
