@@ -109,6 +109,9 @@ class Sampler(ABC):
     #: Published defaults per task and our own recommended settings, by name.
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
+    #: Shift of the flow's clock; samplers of flows make it a setting.
+    shift = 1.0
+
     steps: int = 100
     schedule: Literal["edm", "geometric", "vp", "vp-quadratic", "flow"] = "edm"
     sigma_max: float | None = None
@@ -133,7 +136,7 @@ class Sampler(ABC):
         if self.schedule == "geometric":
             return schedules.geometric(self.steps, low, high)
         if self.schedule == "flow":
-            return schedules.flow(self.steps, low, high)
+            return schedules.flow(self.steps, low, high, self.shift)
         return schedules.vp_linear(self.steps, low, high, quadratic=self.schedule == "vp-quadratic")
 
     def ends(self, prior: Prior) -> tuple[float, float]:

@@ -20,12 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
-from invdiff import schedule as schedules
 from invdiff.primitives import extrapolate, tweedie_update
 from invdiff.primitives.misfit import misfit_ascent, misfit_unit
-from invdiff.prior import Prior
 from invdiff.rng import Streams
 from invdiff.sampler import Context, Sampler, State
 
@@ -54,12 +50,6 @@ class FlowChef(Sampler):
     spread: float | None = None
     shift: float = 1.0
     order: Literal[1, 2] = 2
-
-    def sigmas(self, prior: Prior) -> Tensor:
-        """Return the noise grid, by default on the clock of a flow."""
-        if self.schedule != "flow":
-            return super().sigmas(prior)
-        return schedules.flow(self.steps, *self.ends(prior), self.shift)
 
     def init(self, ctx: Context, rows: int, rng: Streams) -> State:
         """Start from noise; find the unit of the misfit."""
