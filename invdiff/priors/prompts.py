@@ -52,15 +52,22 @@ def clip_embeddings(source: Source, texts: Sequence[str]) -> Tensor:
         raise InvdiffError(f"{source.file(place)} does not hold a flat list of weights; fetch it again.")
 
     def make() -> nn.Module:
-        network: nn.Module = CLIPTextModel(CLIPTextConfig(**config))
-        return network
+        network = CLIPTextModel(CLIPTextConfig(**config))
+        # Until transformers 5 the class held the network as its only part, which the names of weights tell.
+        inner: nn.Module = getattr(network, "text_model", network)
+        return inner
 
-    # A list of 0, 1, 2, ... that was saved with the weights until 2023.
-    weights = {k: v for k, v in state.items() if not k.endswith("embeddings.position_ids")}
+    # A list of 0, 1, 2, ... was saved with the weights until 2023.
+    weights = {
+        k.removeprefix("text_model."): v for k, v in state.items() if not k.endswith("embeddings.position_ids")
+    }
     encoder: Any = fill(make, weights, str(source.file(place)))
     try:
         words = CLIPTokenizer.from_pretrained(str(source.file("tokenizer")), local_files_only=True)
-        ids = words(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        length = int(config.get("max_position_embeddings", 77))
+        ids = words(
+            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
     except Exception as error:  # whatever the library makes of its files
         raise InvdiffError(
             f"{source.path}/tokenizer cannot be read ({str(error)[:160]}); fetch it again."

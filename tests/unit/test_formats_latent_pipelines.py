@@ -364,6 +364,9 @@ def test_a_missing_scale_is_not_guessed(tmp_path):
         ("unet/config.json", {"class_embed_type": "projection"}, "more than text"),
         ("unet/config.json", {"addition_embed_type": "image"}, "more than text"),
         ("unet/config.json", {"cross_attention_dim": [12, 12]}, "several widths"),
+        ("unet/config.json", {"block_out_channels": 5}, "expected the channels of"),
+        ("unet/config.json", {"block_out_channels": [8] * 50}, "at most 12 levels"),
+        ("vae/config.json", {"block_out_channels": None}, "expected the channels of"),
         ("vae/config.json", {"latent_channels": 8}, "latents of 8 channels"),
         ("vae/config.json", {"layers_per_block": 2}, "lacks the weights"),
         ("vae/config.json", {"scaling_factor": "much"}, "are no numbers"),
@@ -423,7 +426,60 @@ def test_conditions_of_a_call_are_checked(plain, tmp_path):
     folder, _ = xl(tmp_path)
     refused("embeddings and pooled together", folder, embeddings=EMBEDDINGS)
     refused("no room for 9", folder, time_ids=range(9))
+    refused("six numbers", folder, time_ids="large")
     refused("one CLIP encoder", folder, prompt="a photograph")
+
+
+def test_a_transformer_of_no_size(tmp_path):
+    folder, _ = sd3(tmp_path)
+    edit(folder / "scheduler" / "scheduler_config.json", num_train_timesteps="many")
+    refused("of 'many' steps", folder)
+    edit(folder / "scheduler" / "scheduler_config.json", num_train_timesteps=1000)
+    for key, value in (("pos_embed_max_size", None), ("patch_size", "2"), ("patch_size", 0)):
+        before = json.loads((folder / "transformer" / "config.json").read_text())[key]
+        edit(folder / "transformer" / "config.json", **{key: value})
+        refused(f"{key} = ", folder)
+        edit(folder / "transformer" / "config.json", **{key: before})
+
+
+def test_prompts(plain, tmp_path):
+    """The folder's own encoder, under the names of its weights in every published checkpoint."""
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import save_file
+
+    folder = write(tmp_path, "StableDiffusionPipeline", **plain[1])
+    edit(
+        folder / "model_index.json",
+        tokenizer=["transformers", "CLIPTokenizer"],
+        text_encoder=["transformers", "CLIPTextModel"],
+    )
+    letters = [chr(97 + i) for i in range(26)]
+    tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    ends = {"bos_token": tokens[52], "eos_token": tokens[53], "unk_token": tokens[53], "pad_token": tokens[53]}
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate(tokens)}))
+    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({**ends, "model_max_length": 7}))
+    sizes = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"vocab_size": 54, "max_position_embeddings": 7, "bos_token_id": 52, "eos_token_id": 53}
+    config = transformers.CLIPTextConfig(**sizes)
+    encoder = make(lambda: transformers.CLIPTextModel(config))
+    config.save_pretrained(folder / "text_encoder")
+    state = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in encoder.state_dict().items()}
+    state["text_model.embeddings.position_ids"] = torch.arange(7)[None]
+    weights = folder / "text_encoder" / "model.safetensors"
+    save_file(state, weights)
+
+    given = load(folder, prompt="a cat", negative_prompt="b", guidance=3.0).denoiser
+    ids = torch.tensor([[52, 26, 2, 0, 45, 53, 53], [52, 27, 53, 53, 53, 53, 53]])
+    wanted = encoder(ids).last_hidden_state
+    torch.testing.assert_close(given.condition["embeddings"], wanted[:1])
+    torch.testing.assert_close(given.unconditional["embeddings"], wanted[1:])
+    refused("are texts", folder, prompt=["a", "b"])
+    (folder / "tokenizer" / "vocab.json").write_text("nonsense")
+    refused("tokenizer cannot be read", folder, prompt="a cat")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused("not a readable safetensors", folder, prompt="a cat")
 
 
 def test_missing_libraries(plain, monkeypatch, tmp_path):

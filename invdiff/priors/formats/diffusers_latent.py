@@ -17,28 +17,24 @@ rectified flow transformers", arXiv:2403.03206.
 
 from __future__ import annotations
 
-import inspect
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from invdiff.codec import Codec, Pad
-from invdiff.codec_latent import Latent
 from invdiff.errors import InvdiffError
 from invdiff.prior import Prior
-from invdiff.priors.assemble import IMAGE_OPTIONS, assemble, fill
+from invdiff.priors.assemble import IMAGE_OPTIONS, assemble
 from invdiff.priors.formats.diffusers_unet import _frame as training_frame
-from invdiff.priors.formats.diffusers_unet import _renamed as renamed
 from invdiff.priors.frames import Flow, Frame
 from invdiff.priors.guided import Guided
+from invdiff.priors.pipeline_codec import codec_of, pixels_per_latent
+from invdiff.priors.pipeline_parts import Part, filled, read_part
 from invdiff.priors.source import Source
-from invdiff.spaces import Space
 
 __all__ = ["OPTIONS", "TITLE", "build", "recognise"]
 
@@ -76,27 +72,8 @@ _NETWORKS = {
 }
 _STAGES = {"vae": ("AutoencoderKL", "VQModel"), "vqvae": ("VQModel", "AutoencoderKL")}
 _FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
-_WEIGHTS = tuple(
-    f"diffusion_pytorch_model{variant}.{suffix}" for suffix in ("safetensors", "bin") for variant in ("", ".fp16")
-)
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(safetensors|bin)")
 # What other networks of these classes are conditional on: not on text, or not alone.
 _UNSERVED = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim")
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One network of a pipeline: its folder, its class and its configuration."""
-
-    place: str
-    kind: str
-    config: Mapping[str, Any]
-
-    def get(self, key: str) -> Any:
-        """Value of the configuration, or the default of the class."""
-        if key in self.config:
-            return self.config[key]
-        return inspect.signature(_class(self.kind).__init__).parameters[key].default
 
 
 class _Network(nn.Module):
@@ -167,8 +144,8 @@ def build(source: Source, **declared: Any) -> Prior:
     given, null, guidance = _prompt(source, widths, declared)
     if (attention := declared.pop("attention", "fused")) not in ("fused", "math"):
         raise InvdiffError(f"attention is 'fused' or 'math', got {attention!r}.")
-    make_codec, multiple, about = _codec(source, part, stage, channels, declared)
-    network, found = _filled(source, part, dtype or torch.float32)
+    make_codec, multiple, about = codec_of(source, part, stage, declared)
+    network, found = filled(source, part, dtype or torch.float32)
     card = {
         "name": source.path.name,
         "format": "diffusers latent pipeline",
@@ -178,7 +155,7 @@ def build(source: Source, **declared: Any) -> Prior:
         **about,
     }
     prior = assemble(
-        _Network(network, widths, _factor(stage), time_ids, attention == "math"),
+        _Network(network, widths, pixels_per_latent(stage), time_ids, attention == "math"),
         parametrisation,
         frame,
         channels,
@@ -197,7 +174,7 @@ def build(source: Source, **declared: Any) -> Prior:
     return prior if given is None else Guided(prior, given, null, guidance)
 
 
-def _parts(source: Source) -> tuple[_Part, _Part]:
+def _parts(source: Source) -> tuple[Part, Part]:
     """The network and the autoencoder that the index names, each of a class that is known here."""
     index = source.json("model_index.json") or {}
     if index.get("_class_name") not in _PIPELINES:
@@ -205,82 +182,10 @@ def _parts(source: Source) -> tuple[_Part, _Part]:
             f"{source.path} is a pipeline of the class {str(index.get('_class_name'))!r:.80}; known are "
             f"{', '.join(_PIPELINES)}."
         )
-    return _part(source, index, _NETWORKS, "denoiser"), _part(source, index, _STAGES, "autoencoder")
+    return read_part(source, index, _NETWORKS, "denoiser"), read_part(source, index, _STAGES, "autoencoder")
 
 
-def _part(source: Source, index: Mapping[str, Any], known: Mapping[str, tuple[str, ...]], what: str) -> _Part:
-    place = next((name for name in known if index.get(name) not in (None, [None, None])), None)
-    if place is None:
-        raise InvdiffError(f"{source.path}/model_index.json names no {what}; expected {' or '.join(known)}.")
-    entry = index[place]
-    if not isinstance(entry, list) or len(entry) != 2 or entry[0] != "diffusers" or entry[1] not in known[place]:
-        raise InvdiffError(
-            f"{source.path}/model_index.json names {str(entry)!r:.80} as {place}; known are "
-            f"{', '.join(known[place])} of diffusers."
-        )
-    config = source.json(f"{place}/config.json")
-    if config is None:
-        raise InvdiffError(f"{source.path} lacks {place}/config.json; fetch the checkpoint again.")
-    if config.get("_class_name", entry[1]) != entry[1]:
-        raise InvdiffError(
-            f"{source.path}/{place}/config.json describes a {str(config['_class_name'])!r:.60}, and "
-            f"model_index.json a {entry[1]}; they belong to different checkpoints."
-        )
-    part = _Part(place, entry[1], config)
-    accepted = inspect.signature(_class(part.kind).__init__).parameters
-    for key in config:
-        if not key.startswith("_") and key not in accepted:
-            raise InvdiffError(
-                f"{source.path}/{place}/config.json has {key!r:.60}, which the installed diffusers does not know; "
-                "update diffusers."
-            )
-    return part
-
-
-def _class(kind: str) -> Any:
-    """A class of the library, by one of the names in this file."""
-    try:
-        import diffusers
-    except ImportError:
-        raise InvdiffError(
-            "Checkpoints of diffusers need that library; `pip install 'invdiff[hub]'` brings it."
-        ) from None
-    return getattr(diffusers, kind)
-
-
-def _filled(source: Source, part: _Part, dtype: torch.dtype) -> tuple[nn.Module, str]:
-    """The network with its weights, and their hash."""
-    state, names = _state(source, part.place)
-    where = str(source.file(names[0]))
-    values = {k: v for k, v in part.config.items() if not k.startswith("_")}
-    cls = _class(part.kind)
-    network = fill(lambda: cls.from_config(values), {renamed(k): v for k, v in state.items()}, where, dtype)
-    return network, " ".join(source.sha256(name) for name in names)
-
-
-def _state(source: Source, place: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights of a part, in one file or in those of an index; and the files."""
-    names = [f"{place}/{name}" for name in _WEIGHTS if source.file(f"{place}/{name}").is_file()][:1]
-    if not names:
-        shards = source.json(f"{place}/diffusion_pytorch_model.safetensors.index.json") or {}
-        listed = shards.get("weight_map")
-        files = set(listed.values()) if isinstance(listed, dict) else set()
-        for name in files:
-            if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
-                raise InvdiffError(f"The index of {source.path}/{place} names {name!r:.80}, no file beside it.")
-        names = [f"{place}/{name}" for name in sorted(files)]
-    if not names:
-        raise InvdiffError(f"{source.path} has no weights in {place}/; expected {_WEIGHTS[0]} or {_WEIGHTS[2]}.")
-    state: dict[str, Tensor] = {}
-    for name in names:
-        part = source.weights(name)
-        if not isinstance(part, Mapping) or not all(isinstance(v, Tensor) for v in part.values()):
-            raise InvdiffError(f"{source.file(name)} does not hold a flat list of weights; fetch it again.")
-        state.update(part)
-    return state, names
-
-
-def _channels(source: Source, part: _Part, stage: _Part) -> int:
+def _channels(source: Source, part: Part, stage: Part) -> int:
     """Channels of the latents, on which both networks agree."""
     inputs, latent = part.get("in_channels"), stage.get("latent_channels")
     outputs = part.get("out_channels") or inputs
@@ -298,7 +203,7 @@ def _channels(source: Source, part: _Part, stage: _Part) -> int:
     return inputs
 
 
-def _levels(source: Source, part: _Part, schedule: Any, predicts: Any) -> tuple[Frame, str]:
+def _levels(source: Source, part: Part, schedule: Any, predicts: Any) -> tuple[Frame, str]:
     """Frame and parametrisation of the scheduler's file."""
     if part.place != "transformer":
         return training_frame(source, part.config, schedule, predicts)
@@ -308,11 +213,14 @@ def _levels(source: Source, part: _Part, schedule: Any, predicts: Any) -> tuple[
             f"{source.path} has the scheduler {str(found.get('_class_name'))!r:.60} with a {part.kind}; known are "
             f"{', '.join(_FLOWS)}."
         )
+    steps = found.get("num_train_timesteps", 1000)
+    if not isinstance(steps, int) or steps < 1:
+        raise InvdiffError(f"{source.path} has a scheduler of {steps!r:.60} steps; expected a whole number.")
     # The shift of the times is the sampler's choice of steps; the network was trained on times as they are.
-    return Flow(1, time_scale=float(found.get("num_train_timesteps", 1000))), "flow"
+    return Flow(1, time_scale=float(steps)), "flow"
 
 
-def _conditions(source: Source, part: _Part, time_ids: Any) -> tuple[dict[str, int], Any]:
+def _conditions(source: Source, part: Part, time_ids: Any) -> tuple[dict[str, int], Any]:
     """Widths of the tensors that the network is conditional on, and SDXL's numbers (False where it takes none)."""
     if part.kind == "SD3Transformer2DModel":
         widths = {"embeddings": part.get("joint_attention_dim"), "pooled": part.get("pooled_projection_dim")}
@@ -331,7 +239,10 @@ def _conditions(source: Source, part: _Part, time_ids: Any) -> tuple[dict[str, i
         raise InvdiffError(f"{source.path}/{part.place} attends to embeddings of several widths, and is not read.")
     if added is None:
         return _declared_none({"embeddings": width}, time_ids)
-    ids = None if time_ids is None else tuple(float(v) for v in time_ids)
+    try:
+        ids = None if time_ids is None else tuple(float(v) for v in time_ids)
+    except (TypeError, ValueError):
+        raise InvdiffError(f"time_ids are six numbers (five for refiners), got {time_ids!r:.60}.") from None
     count = 6 if ids is None else len(ids)
     total, each = part.get("projection_class_embeddings_input_dim"), part.get("addition_time_embed_dim")
     if not isinstance(total, int) or not isinstance(each, int) or total <= count * each:
@@ -415,103 +326,3 @@ def _embedded(
     texts = [prompt] if guidance == 1 else [prompt, negative]
     rows = clip_embeddings(source, texts)
     return [{"embeddings": row[None]} for row in rows] + [{}] * (2 - len(texts))
-
-
-def _factor(stage: _Part) -> int:
-    """Pixels per latent."""
-    return int(2 ** (len(stage.get("block_out_channels")) - 1))
-
-
-def _codec(
-    source: Source, part: _Part, stage: _Part, channels: int, declared: dict[str, Any]
-) -> tuple[Callable[[Space, Tensor], Codec], int, dict[str, Any]]:
-    """What makes the codec of an image, what sizes are padded to, and what the card says of it."""
-    from diffusers.models.attention_processor import Attention, AttnProcessor
-
-    scale, shift = _scaling(source, part, stage, declared)
-    image_range = tuple(declared.pop("image_range", None) or (0.0, 1.0))
-    snap = bool(declared.pop("snap", True)) and stage.kind == "VQModel"
-    vae, found = _filled(source, stage, torch.float32)
-    # Samplers take second derivatives of the decoder, which fused attention has not.
-    for layer in vae.modules():
-        if isinstance(layer, Attention):
-            layer.set_processor(AttnProcessor())
-    first: Any = _Stage(vae, stage.kind == "VQModel")
-    flow = part.kind == "SD3Transformer2DModel"
-    steps = int(part.get("patch_size")) if flow else 2 ** (len(part.get("block_out_channels")) - 1)
-    codebook = first.vae.quantize.embedding.weight if snap else None
-    colours, multiple = stage.get("in_channels"), _factor(stage) * steps
-    largest = _factor(stage) * steps * int(part.get("pos_embed_max_size")) if flow else None
-
-    def make_codec(image: Space, _: Tensor) -> Codec:
-        if image.is_complex or len(image.shape) != 3 or image.shape[0] != colours:
-            raise InvdiffError(
-                f"This prior makes real images ({colours}, y, x), and the problem's are {image}; choose a prior "
-                "that fits."
-            )
-        if largest is not None and max(image.shape[1:]) > largest:
-            raise InvdiffError(
-                f"This prior makes images of at most {largest} x {largest} pixels, and the problem's are {image}; "
-                "priors.Tiled or another prior serves larger ones."
-            )
-        pixels = Pad(image, multiple)
-        return pixels @ Latent(
-            first.encode,
-            first.decode,
-            pixels.prior,
-            scale=scale,
-            shift=shift,
-            network_range=(-1.0, 1.0),
-            image_range=image_range,
-            codebook=codebook,
-        )
-
-    about = {
-        "first_stage": found,
-        "latent_scale": scale.tolist(),
-        "latent_shift": shift.tolist(),
-        "image_range": list(image_range),
-    }
-    return make_codec, multiple, about
-
-
-class _Stage(nn.Module):
-    """An autoencoder: latents are means, or those before the codebook; decoding leaves snapping out."""
-
-    def __init__(self, vae: nn.Module, codes: bool) -> None:
-        super().__init__()
-        self.vae: Any = vae
-        self.codes = codes
-
-    def encode(self, x: Tensor) -> Any:
-        return self.vae.encode(x)
-
-    def decode(self, z: Tensor) -> Any:
-        return self.vae.decode(z, force_not_quantize=True) if self.codes else self.vae.decode(z)
-
-
-def _scaling(source: Source, part: _Part, stage: _Part, declared: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Scale and shift as stated or declared: the defaults of the classes are those of one model."""
-    where = f"{source.path}/{stage.place}/config.json"
-    scale, shift = declared.pop("latent_scale", None), declared.pop("latent_shift", None)
-    scale = stage.config.get("scaling_factor") if scale is None else scale
-    if scale is None:
-        raise InvdiffError(
-            f"{where} states no scaling_factor, and it is not guessed; declare latent_scale= (0.18215 for Stable "
-            "Diffusion 1 and 2, 1 for VQ-f4)."
-        )
-    shift = stage.config.get("shift_factor") if shift is None else shift
-    if shift is None and part.kind == "SD3Transformer2DModel":
-        raise InvdiffError(f"{where} states no shift_factor, and it is not guessed; declare latent_shift=.")
-    mean, std = stage.config.get("latents_mean"), stage.config.get("latents_std")
-    if (mean is None) != (std is None) or (mean is not None and shift is not None):
-        raise InvdiffError(f"{where} states latents_mean, latents_std and shift_factor in part; fetch it again.")
-    try:
-        factor = torch.as_tensor(scale, dtype=torch.float32)
-        offset = torch.as_tensor((shift or 0.0) if mean is None else mean, dtype=torch.float32)
-        factor = factor if std is None else factor / torch.as_tensor(std, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InvdiffError(f"{where}: scale and shift of the latents are no numbers ({error}).") from None
-    if not bool(((factor > 0) & torch.isfinite(factor)).all() and torch.isfinite(offset).all()):
-        raise InvdiffError(f"{where}: the scale of the latents must be positive, and their shift finite.")
-    return factor, offset
