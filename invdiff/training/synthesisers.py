@@ -60,6 +60,7 @@ SYNTHESISERS = {
             "Research only; not a medical device.",
             "Trained on drawn shapes alone: sections of bodies, teeth and bones, and made things, in air.",
             "Attenuation that is not negative, 160 to 480 pixels across; no artefacts of reconstruction.",
+            "Learned from crops of 64 to 128 pixels: right locally, and draws without data are no anatomy.",
         ),
     ),
     "black-hole": Synthesiser(
