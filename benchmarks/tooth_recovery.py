@@ -27,7 +27,7 @@ from invdiff.variational import total_variation
 SIZE, EVERY = 560, 6
 FILTERS = ("ram-lak", "shepp-logan", "cosine", "hamming", "hann")
 WEIGHTS = (300.0, 1000.0, 2000.0, 3000.0, 5000.0)
-TABLE = Path(__file__).resolve().parents[1] / "docs" / "tooth_recovery.json"
+TABLE = Path(__file__).resolve().parents[1] / "docs" / "operators_ct_tooth.json"
 
 
 class Scan:
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("scan", type=Path)
     parser.add_argument("--prior", default="ct-phantom")
     parser.add_argument("--draws", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--sampler", default="dds")
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
@@ -95,7 +95,7 @@ def main() -> None:
         keep(f"FBP, {name}", problem.operator.fbp(problem.y, name), time.process_time() - start)
     for weight in WEIGHTS:
         start = time.process_time()
-        x = total_variation(problem, weight, iterations=300, nonnegative=True)
+        x = total_variation(problem, weight, iterations=200, nonnegative=True)
         keep(f"total variation, weight {weight:g}", x, time.process_time() - start)
     start = time.process_time()
     sampler = samplers.get(options.sampler, steps=options.steps)
