@@ -287,16 +287,28 @@ def test_second_derivatives_by_plain_attention(tmp_path, family):
     assert torch.isfinite(second).all() and second.abs().max() > 0
 
 
-def test_half_precision_of_the_network(plain):
-    folder, _ = plain
-    x, sigma = noise(2, 4, 16, 16), torch.tensor([0.7, 2.0])
+@pytest.mark.parametrize("family", [sd, xl, sd3, ldm])
+def test_half_precision_of_the_network(tmp_path, family):
+    folder, _ = family(tmp_path)
+    given = {} if family is ldm else {"embeddings": EMBEDDINGS}
+    given |= {"pooled": POOLED} if family in (xl, sd3) else {}
+    x, sigma = noise(2, 3 if family is ldm else 4, 16, 16), torch.tensor([0.7, 2.0])
     with torch.no_grad():
-        whole, half = (
-            load(folder, embeddings=EMBEDDINGS, network_dtype=d).denoiser(x, sigma) for d in (None, torch.bfloat16)
-        )
+        whole, half = (load(folder, **given, network_dtype=d).denoiser(x, sigma) for d in (None, torch.bfloat16))
     assert half.dtype == torch.float32
     # bfloat16 keeps eight bits: a few of its steps of the noise's size.
     assert 0 < float((half - whole).abs().max()) < 0.1 * 2.0
+
+
+def test_the_self_test(plain):
+    """Of a pipeline's images nothing is known; samples are denoised, which random weights do not do."""
+    prior = priors.load(plain[0], embeddings=EMBEDDINGS)
+    assert prior.card["check"]["verdict"].startswith("format and shapes verified")
+    samples = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(InvdiffError, match="does not denoise as it should"):
+        priors.load(plain[0], embeddings=EMBEDDINGS, samples=samples)
+    with pytest.raises(InvdiffError, match=r"with embeddings=\.\.\."):
+        priors.load(plain[0], samples=samples)
 
 
 @pytest.mark.parametrize("sampler", [samplers.DPS(steps=3), samplers.ReSample(steps=3)])
