@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from invdiff import mri, mri_simulation
+from invdiff import mri, mri_simulation, operators
 from invdiff.errors import InvdiffError
 from invdiff.io.kspace import KSpace, read_kspace
 
@@ -211,3 +211,25 @@ def test_real_scan():
     problem = mri.problem_from_kspace(scan)
     assert problem.operator.domain.shape == (1, 230, 180)
     assert problem.meta["acceleration"] == pytest.approx(8.04, abs=0.01)
+
+
+def test_data_that_come_back_are_not_transformed_again(monkeypatch):
+    """The prox keeps ``A^H y`` while the same tensor comes back unchanged, and never beyond that."""
+    maps = torch.randn(3, 8, 6, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(8, 6)
+    mask[::2] = 1
+    op, calls = operators.MultiCoilMRI(mask, maps), []
+    adjoint = type(op).adjoint
+    monkeypatch.setattr(type(op), "adjoint", lambda self, y: calls.append(1) or adjoint(self, y))
+    y, z, rho = op.range.randn(2, seed=1), op.domain.randn(2, seed=2), torch.tensor([0.1, 2.0])
+    first = op.prox(z, y, rho)
+    assert torch.equal(op.prox(z, y, rho), first) and len(calls) == 1
+    other = y.clone()
+    torch.testing.assert_close(op.prox(z, other, rho), first)
+    other += 1  # in place: the same tensor with other values
+    changed = op.prox(z, other, rho)
+    torch.testing.assert_close(changed, operators.MultiCoilMRI(mask, maps).prox(z, other.clone(), rho))
+    assert not torch.allclose(changed, first) and len(calls) == 4
+    leaf = y.clone().requires_grad_(True)
+    (slope,) = torch.autograd.grad(op.prox(z, leaf, rho).abs().sum(), leaf)
+    assert float(slope.abs().sum()) > 0
