@@ -28,6 +28,8 @@ _ADDRESS = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/@]+))?(/
 _VARIANT = re.compile(r"\.(fp16|bf16|non_ema)(?=\.)")
 #: How deep in a repository a checkpoint's files lie; see `Source.files`.
 DEPTH = 2
+#: Folders of a pipeline that no prior needs.
+_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,16 @@ def selection(where: Address, files: Sequence[str]) -> list[str]:
             raise InvdiffError(f"{where.repo} has no {where.file} at {where.revision}; it has {_some(files)}.")
         # The scheduler of a pipeline belongs to its network.
         kept += [f for f in files if f == "scheduler/scheduler_config.json"]
+    if not where.file and "model_index.json" in files:  # a pipeline is its folders; the rest are copies of it
+        parts = [PurePosixPath(f).parts for f in kept]
+        kept = [f for f, p in zip(kept, parts) if f == "model_index.json" or (len(p) > 1 and p[0] not in _UNUSED)]
     # Variants (half precision, weights without averaging) lie beside the weights themselves.
     kept = [f for f in kept if (plain := _VARIANT.sub("", f)) == f or plain not in files]
     safe = [f for f in kept if f.endswith(".safetensors")]
     homes = {PurePosixPath(f).parent for f in safe}
     torch_files = [f for f in kept if f.endswith(TORCH_SUFFIXES) and PurePosixPath(f).parent not in homes]
-    weights, texts = safe + torch_files, [f for f in kept if f.endswith(".json")]
+    words = [f for f in kept if PurePosixPath(f).match("tokenizer*/*.txt")]
+    weights, texts = safe + torch_files, [f for f in kept if f.endswith(".json")] + words
     if not weights:
         raise InvdiffError(f"{where} has no weights (safetensors or torch files); it has {_some(files)}.")
     if len(weights) > 1 and not any(PurePosixPath(f).name in ("config.json", "model_index.json") for f in texts):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from invdiff.errors import InvdiffError
 from invdiff.priors.assemble import fill
-from invdiff.priors.formats.diffusers_unet import _renamed as renamed
+from invdiff.priors.formats.diffusers_unet import renamed
 from invdiff.priors.source import Source
 
 __all__ = ["Part", "class_of", "filled", "read_part"]

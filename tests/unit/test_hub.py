@@ -263,6 +263,12 @@ def test_files_that_make_up_a_checkpoint():
     assert old in selection(here, [*pipeline, old])
     half = safe.replace(".safe", ".fp16.safe")
     assert half not in selection(here, [*pipeline, safe, half]) and half in selection(here, [*pipeline, half])
+    extra = ["v1-5-pruned.safetensors", "safety_checker/model.safetensors", "safety_checker/config.json"]
+    words = ["tokenizer/merges.txt", "tokenizer/vocab.json"]
+    assert selection(here, [*pipeline, safe, *extra, *words]) == sorted([*found, *words])
+    assert selection(here, extra[:1]) == extra[:1], (
+        "where there is no pipeline, weights of the root are what is meant"
+    )
     part = selection(Address(REPO, file="unet"), [*pipeline, safe, old])
     assert part == sorted(["unet/config.json", safe, "scheduler/scheduler_config.json"])
     assert selection(Address(REPO, file="b.pt"), ["a.pt", "b.pt", "b.json"]) == ["b.pt", "b.json"]

@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from invdiff.errors import InvdiffError
 from invdiff.prior import Prior
 from invdiff.priors.assemble import IMAGE_OPTIONS, assemble
-from invdiff.priors.formats.diffusers_unet import _frame as training_frame
+from invdiff.priors.formats.diffusers_unet import training_frame
 from invdiff.priors.frames import Flow, Frame
 from invdiff.priors.guided import Guided
 from invdiff.priors.pipeline_codec import codec_of, pixels_per_latent

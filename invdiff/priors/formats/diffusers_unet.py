@@ -23,7 +23,7 @@ from invdiff.priors.assemble import IMAGE_OPTIONS, assemble, fill
 from invdiff.priors.frames import VE, VP, Frame
 from invdiff.priors.source import Source
 
-__all__ = ["OPTIONS", "TITLE", "build", "recognise", "training_betas"]
+__all__ = ["OPTIONS", "TITLE", "build", "recognise", "renamed", "training_betas", "training_frame"]
 
 TITLE = "diffusers folders with a UNet2DModel"
 OPTIONS = {
@@ -110,7 +110,7 @@ def build(source: Source, **declared: Any) -> Prior:
             f"{source.path} has no weights; expected {place}{_WEIGHTS[0]} or {place}{_WEIGHTS[1]} in one piece."
         )
     schedule, predicts = declared.pop("schedule", None), declared.pop("predicts", None)
-    frame, parametrisation = _frame(source, config, schedule, predicts)
+    frame, parametrisation = training_frame(source, config, schedule, predicts)
     unet = _unet(config, source.weights(weights), str(source.file(weights)))
     levels = len(config.get("block_out_channels", (0, 0, 0, 0)))
     native = (0.0, 1.0) if config.get("time_embedding_type") == "fourier" else (-1.0, 1.0)
@@ -180,7 +180,7 @@ def _unet(config: Mapping[str, Any], state: Any, where: str) -> nn.Module:
         unet: nn.Module = UNet2DModel.from_config(values)
         return unet
 
-    unet = fill(make, {_renamed(k): v for k, v in state.items()}, where)
+    unet = fill(make, {renamed(k): v for k, v in state.items()}, where)
     # Fused attention has no second derivatives.
     for part in unet.modules():
         if isinstance(part, Attention):
@@ -188,13 +188,14 @@ def _unet(config: Mapping[str, Any], state: Any, where: str) -> nn.Module:
     return unet
 
 
-def _renamed(key: str) -> str:
+def renamed(key: str) -> str:
+    """Return the name that the library gives a weight today."""
     for old, new in _RENAMED.items():
         key = key.replace(old, new) if ".attentions." in key else key
     return key
 
 
-def _frame(source: Source, config: Mapping[str, Any], schedule: Any, predicts: Any) -> tuple[Frame, str]:
+def training_frame(source: Source, config: Mapping[str, Any], schedule: Any, predicts: Any) -> tuple[Frame, str]:
     """Frame and parametrisation of the scheduler's file, or of what is declared."""
     found = _scheduler(source)
     fourier = config.get("time_embedding_type") == "fourier"
