@@ -237,8 +237,8 @@ GROUPS = {
         "Cartesian MRI, 320 x 320, 16 coils, whole lines sampled",
         "A mask that is constant along an axis lets `invdiff` solve the proximal step exactly; what that needs is "
         "factored on the first call, which is not timed, and the adjoint of the data is kept while they stay the "
-        "same, as they do in a sampler; so it is for ten steps on our own normal operator. deepinv takes ten steps "
-        "of conjugate gradients.",
+        "same, as they do in a sampler; so it is for ten steps on our own normal operator. deepinv takes ten "
+        "steps of conjugate gradients.",
         lines,
     ),
     "mri-radial": Group(
