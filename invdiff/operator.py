@@ -65,6 +65,8 @@ class Operator(Movable, ABC):
 
     def vjp(self, x: Tensor, v: Tensor) -> Tensor:
         """Return ``J(x)^H v``, ``(B, *range.shape) -> (B, *domain.shape)``."""
+        if not len(x):  # nothing to differentiate, and not every operator of others keeps the graph of nothing
+            return torch.zeros_like(x)
         with torch.enable_grad():
             x = x.detach().requires_grad_(True)
             (out,) = torch.autograd.grad(self(x), x, v)
