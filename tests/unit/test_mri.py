@@ -233,3 +233,28 @@ def test_data_that_come_back_are_not_transformed_again(monkeypatch):
     leaf = y.clone().requires_grad_(True)
     (slope,) = torch.autograd.grad(op.prox(z, leaf, rho).abs().sum(), leaf)
     assert float(slope.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_exact_prox_in_pieces_is_the_prox(axis, monkeypatch):
+    """A few rows go through their factors a few readout positions at a time; many go at once."""
+    from invdiff.operators import _readout
+
+    mask = torch.zeros(9, 7)
+    mask[::2] = 1
+    shape = (mask if axis == 0 else mask.T).shape
+    maps = torch.randn(3, *shape, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
+    op = operators.MultiCoilMRI(mask if axis == 0 else mask.T, maps)
+    y, z, noise = op.range.randn(2, seed=1), op.domain.randn(2, seed=2), op.domain.randn(2, seed=3)
+    rho, sigma, tau = torch.tensor([0.1, 2.0]), torch.tensor([0.3, 1.0]), torch.tensor([1.0, 0.2])
+
+    def both():
+        return op.prox(z, y, rho), op.conditional(z, y, sigma, tau, noise)
+
+    monkeypatch.setattr(_readout, "_FEW", 0)
+    whole = both()
+    monkeypatch.setattr(_readout, "_FEW", 3)
+    for piece in (1 << 20, 2 * 81, 1):
+        monkeypatch.setattr(_readout, "_PIECE", piece)
+        for a, b in zip(both(), whole):
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
