@@ -102,7 +102,7 @@ def main() -> None:
     posterior = invdiff.sample(problem, priors.load(options.prior), sampler, draws=options.draws, seed=0)
     draws = torch.from_numpy(np.asarray(posterior.draws)).reshape(-1, 1, 1, SIZE, SIZE)
     keep(f"{options.sampler}, mean of {options.draws}", draws.mean(0), time.process_time() - start)
-    rows[f"{options.sampler}, one draw"] = {**scan.score(draws[0]), "seconds": 0.0}
+    rows[f"{options.sampler}, one draw"] = scan.score(draws[0])
     std = draws.std(0)
     error = (draws.mean(0) - scan.reference)[0, 0][scan.inside]
     print(

@@ -20,6 +20,7 @@ from invdiff.codec_latent import Latent
 from invdiff.errors import InvdiffError
 from invdiff.operator import LinearOperator
 from invdiff.prior import Prior
+from invdiff.priors.exact import ExactDenoiser
 from invdiff.problem import Problem
 from invdiff.reference import ExactPosterior
 from invdiff.spaces import Space
@@ -71,7 +72,8 @@ def linear_decoder(
         mask = torch.zeros(n, dtype=torch.float64)
         mask[torch.from_numpy(rng.permutation(n)[: round(0.3 * n)])] = 1
         a = operators.Mask(mask.reshape(IMAGE.shape), IMAGE)
-    truth = codec.decode(field.denoiser.sample(1, int(rng.integers(1 << 31))))  # type: ignore[attr-defined]
+    assert isinstance(field.denoiser, ExactDenoiser)
+    truth = codec.decode(field.denoiser.sample(1, int(rng.integers(1 << 31))))
     meta = {"title": f"{columns} decoder, {operator}"}
     return Problem.simulate(a, likelihoods.Gaussian(0.025), truth, seed, meta), prior
 

@@ -14,6 +14,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -202,14 +203,15 @@ class _Network:
     """A module, a method of one, or a function that holds no weights we could move."""
 
     def __init__(self, function: Callable[[Tensor], Any], memo: dict[int, Any]) -> None:
-        owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+        method = function if isinstance(function, MethodType) else None
+        owner = function if method is None else method.__self__
         self.module: nn.Module | None = None
         self.function: Callable[..., Any] = function
         self.said, self._wide = False, cast("_Network | None", None)
         if isinstance(owner, nn.Module):
             self.module = copy.deepcopy(owner, memo).eval().requires_grad_(False)
             # the method itself, not its name: decorators change names
-            self.function = _call if owner is function else function.__func__  # type: ignore[attr-defined]
+            self.function = _call if method is None else method.__func__
         elif not callable(function):
             raise InvdiffError(f"An autoencoder's part is a module or a function, not {type(function).__name__}.")
 

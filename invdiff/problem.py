@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invdiff.codec import AffineCodec, Codec, DecodeOperator, Pulled
+from invdiff.codec import AffineCodec, Codec
 from invdiff.errors import InvdiffError
 from invdiff.likelihood import Likelihood, array_sha256
 from invdiff.operator import Affine, LinearOperator, Operator, compose
+from invdiff.pulled import DecodeOperator, Pulled
 from invdiff.rng import INIT, Streams, resolve_seed
 from invdiff.tensors import take_rows
 

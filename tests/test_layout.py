@@ -62,6 +62,7 @@ CONTRACTS = (
     "likelihood",
     "codec",
     "codec_latent",
+    "pulled",
     "problem",
     "prior",
     "rng",

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from invdiff.codec import Codec, DecodeOperator
+from invdiff.codec import Codec
 from invdiff.problem import Problem
+from invdiff.pulled import DecodeOperator
 from invdiff.spaces import norm, per_row
 
 

@@ -55,6 +55,21 @@ class Frame(ABC):
         return f"{type(self).__name__} from sigma {self.sigma_min:.4g} to {self.sigma_max:.4g}"
 
 
+_BETAS = ("linear", "scaled_linear", "cosine")
+
+
+def betas(schedule: str, steps: int, start: float, end: float) -> Tensor:
+    """Return ``beta`` of every step of a schedule that `VP.from_betas` names, ``(steps,)`` float64."""
+    if schedule == "linear":
+        return torch.linspace(start, end, steps, dtype=torch.float64)
+    if schedule == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+    assert schedule == "cosine"
+    t = torch.arange(steps + 1, dtype=torch.float64) / steps
+    abar = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
+
+
 class VP(Frame):
     """Variance preserving: ``z = sqrt(abar) x0 + sqrt(1 - abar) eps``, a table of ``abar``, whole steps.
 
@@ -125,17 +140,9 @@ class VP(Frame):
                 f"A schedule needs steps >= 2 and 0 < beta_start <= beta_end < 1, "
                 f"got {steps}, {beta_start:g}, {beta_end:g}."
             )
-        if schedule == "linear":
-            beta = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
-        elif schedule == "scaled_linear":
-            beta = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
-        elif schedule == "cosine":
-            t = torch.arange(steps + 1, dtype=torch.float64) / steps
-            abar = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-            beta = (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
-        else:
+        if schedule not in _BETAS:
             raise InvdiffError(f"Unknown schedule {schedule!r}; there are linear, scaled_linear and cosine.")
-        return cls((1 - beta).cumprod(0), whole=whole)
+        return cls((1 - betas(schedule, steps, beta_start, beta_end)).cumprod(0), whole=whole)
 
     def scale(self, sigma: Tensor) -> Tensor:
         """Return ``1 / sqrt(1 + sigma^2)``."""

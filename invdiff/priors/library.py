@@ -204,7 +204,7 @@ def _ours(name: str | Path) -> bool:
         return about.get("format") == FORMAT
     try:
         with safe_open(path, framework="pt") as file:
-            return "inlet.weight" in file.keys()  # noqa: SIM118
+            return "inlet.weight" in file.keys()  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError):
         return True
 

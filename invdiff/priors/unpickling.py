@@ -28,6 +28,20 @@ from invdiff.priors.pickle_machine import Inert, Machine, Maker, Name, Refused, 
 
 __all__ = ["Array", "Inert", "Name", "Pickled", "read_pickled"]
 
+#: Whatever a damaged file makes of parsing: stacks that run dry, values of another kind, sizes that do not fit.
+_DAMAGE = (
+    *(
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RuntimeError,
+        NotImplementedError,
+    ),
+    *(EOFError, OSError, struct.error, zipfile.BadZipFile),
+)
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
 _STORAGES = {
@@ -91,14 +105,11 @@ def read_pickled(path: str | Path) -> Pickled:
         raise InvdiffError(f"{path} {error}.") from None
     except MemoryError:
         raise InvdiffError(f"{path} does not fit into memory.") from None
-    # Whatever a damaged file makes of parsing: stacks that run dry, text that is none, sizes that do not fit.
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError, RuntimeError, EOFError, OSError) as error:
+    except _DAMAGE as error:
         reason = re.sub(r"\s+", " ", str(error))[:120]
         raise InvdiffError(
             f"{path} is damaged or truncated, or no pickle ({type(error).__name__}: {reason}); fetch it again."
         ) from None
-    except (struct.error, AttributeError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise InvdiffError(f"{path} is damaged or truncated ({type(error).__name__}); fetch it again.") from None
     return Pickled(value, tuple(sorted(session.names)))
 
 

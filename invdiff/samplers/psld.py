@@ -27,11 +27,11 @@ from typing import ClassVar, Literal
 
 import torch
 
-from invdiff.codec import DecodeOperator
 from invdiff.primitives import ddim, extrapolate
 from invdiff.primitives.consistency import encode_with_vjp
 from invdiff.primitives.curvature import operator_norm
 from invdiff.primitives.misfit import inverse_norm, misfit_unit
+from invdiff.pulled import DecodeOperator
 from invdiff.rng import Streams
 from invdiff.sampler import Context, Sampler, State
 from invdiff.spaces import per_row

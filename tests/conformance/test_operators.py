@@ -13,6 +13,7 @@ from scipy import ndimage
 from invdiff import codec, operators
 from invdiff.operator import Affine, LinearOperator, Operator, compose, stack, tensor_digest
 from invdiff.operators import trajectories
+from invdiff.pulled import Pulled
 from invdiff.spaces import Space
 from invdiff.testing import check_operator, dense_matrix
 from tests.conformance.operators_ct import CT
@@ -70,7 +71,7 @@ def magnitude_squared(d: torch.dtype) -> Operator:
 
 def pulled(op: LinearOperator, c: codec.Codec) -> LinearOperator:
     assert isinstance(c, codec.AffineCodec)
-    return codec.Pulled(op, c)
+    return Pulled(op, c)
 
 
 def head(op: LinearOperator, scale: object = 2.5) -> codec.Codec:

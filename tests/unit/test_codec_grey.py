@@ -8,8 +8,6 @@ from invdiff import InvdiffError, likelihoods, operators, priors, reference, sam
 from invdiff.codec import Grey, Pad, Scale
 from invdiff.prior import Prior
 
-torch.set_num_threads(1)
-
 COLOUR, GREY = invdiff.Space((3, 2, 3), torch.float64), invdiff.Space((1, 2, 3), torch.float64)
 
 
@@ -53,7 +51,10 @@ def flexible():
     denoiser = priors.Gaussian(
         torch.zeros(3 * 16).double(), torch.eye(48).double(), invdiff.Space((3, 4, 4), torch.float64)
     ).denoiser
-    make = lambda image, scale: Scale(image, 0.5 * scale, 0.5) @ Pad(image, 4)  # noqa: E731
+
+    def make(image, scale):
+        return Scale(image, 0.5 * scale, 0.5) @ Pad(image, 4)
+
     return Prior(denoiser, make_codec=make, scale=1.0)
 
 

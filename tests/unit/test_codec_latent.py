@@ -15,6 +15,7 @@ from invdiff.codec import Chain, ComplexChannels, Pad, Scale
 from invdiff.codec_latent import Latent
 from invdiff.errors import CapabilityError, InvdiffError
 from invdiff.prior import Prior
+from invdiff.pulled import DecodeOperator
 from invdiff.spaces import Space, real_inner
 from invdiff.testing import check_operator
 
@@ -224,8 +225,8 @@ def test_a_codebook_snaps_and_lets_derivatives_through(networks):
     u = 2 * nearest + 0.1 * code.prior.randn(1)
     torch.testing.assert_close(code.decode(u), plain.decode(2 * nearest))
     v = IMAGE.randn(1, 3)
-    ours = invdiff.codec.DecodeOperator(code).vjp(u, v)
-    torch.testing.assert_close(ours, invdiff.codec.DecodeOperator(plain).vjp(2 * nearest, v))
+    ours = DecodeOperator(code).vjp(u, v)
+    torch.testing.assert_close(ours, DecodeOperator(plain).vjp(2 * nearest, v))
 
 
 def test_autoencoders_of_diffusers():
@@ -246,7 +247,7 @@ def test_autoencoders_of_diffusers():
         torch.testing.assert_close(code.encode(x), 0.5 * mean)
         torch.testing.assert_close(code.decode(0.5 * mean), back)
         assert code.encoder.module is code.decoder.module and code.prior.shape == (3, 8, 8)
-        pull = invdiff.codec.DecodeOperator(code).vjp(0.5 * mean, torch.ones_like(back))
+        pull = DecodeOperator(code).vjp(0.5 * mean, torch.ones_like(back))
         assert torch.isfinite(pull).all() and pull.abs().max() > 0
 
 

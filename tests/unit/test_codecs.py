@@ -11,6 +11,7 @@ import torch
 
 from invdiff import codec, operators
 from invdiff.errors import InvdiffError
+from invdiff.pulled import Pulled
 from invdiff.spaces import Space, per_row, real_inner
 from invdiff.tensors import tensor_digest
 from invdiff.testing import check_operator, dense_matrix
@@ -125,7 +126,7 @@ def scan(n: int = 3) -> operators.MultiCoilMRI:
 
 @pytest.mark.parametrize("scale", [2.5, CASES], ids=["one-scale", "per-case"])
 def test_pulled_prox_is_the_dense_solution_in_prior_coordinates(scale: float | torch.Tensor) -> None:
-    pulled = codec.Pulled(scan(), chain(scale=scale))
+    pulled = Pulled(scan(), chain(scale=scale))
     z, y = pulled.domain.randn(3, 1), pulled.range.randn(3, 2)
     rho = torch.tensor([0.05, 1.0, 20.0], dtype=torch.float64)
     out = pulled.prox(z, y, rho)
@@ -144,7 +145,7 @@ def test_posterior_mean_does_not_depend_on_the_units_of_the_prior() -> None:
     decoded = []
     for unit in (1.0, 10.0):
         code = chain(scale=2.5 * unit)
-        pulled = codec.Pulled(op, code)
+        pulled = Pulled(op, code)
         z = pulled.domain.randn(3, 1) / unit
         rho = torch.full((3,), (sigma / (tau / unit)) ** 2, dtype=torch.float64)
         decoded.append(code.linear(pulled.prox(z, y, rho)))
@@ -153,7 +154,7 @@ def test_posterior_mean_does_not_depend_on_the_units_of_the_prior() -> None:
 
 def test_digest_of_a_pulled_operator_covers_its_codec() -> None:
     op = scan()
-    assert tensor_digest(codec.Pulled(op, chain(scale=2.0))) != tensor_digest(codec.Pulled(op, chain(scale=3.0)))
+    assert tensor_digest(Pulled(op, chain(scale=2.0))) != tensor_digest(Pulled(op, chain(scale=3.0)))
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,6 @@ from invdiff.networks.adm import ADM, ADMConfig, infer_config
 from invdiff.priors.formats import guided_diffusion
 from invdiff.priors.frames import VP
 
-torch.set_num_threads(1)
-
 SMALL = ADMConfig(
     inputs=3,
     outputs=6,

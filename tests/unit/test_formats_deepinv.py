@@ -11,8 +11,6 @@ from invdiff import InvdiffError, priors
 from invdiff.networks.adm import ADM, infer_config
 from tests.unit.test_formats_adm import SMALL, weights
 
-torch.set_num_threads(1)
-
 
 def noise(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -20,8 +20,6 @@ from invdiff.priors.dead_leaves import dead_leaves
 from invdiff.priors.formats import build, edm, guided_diffusion
 from invdiff.priors.frames_sde import SDEVP, LogVE
 
-torch.set_num_threads(1)
-
 SIZES = {"img_resolution": 16, "in_channels": 2, "out_channels": 2, "channel_mult": (1, 2), "num_blocks": 1}
 # Below 128 channels deepinv counts the groups of its norms otherwise than the published code.
 SIZES |= {"model_channels": 128, "attn_resolutions": (8,), "augment_dim": 9, "pretrained": None, "pixel_std": 0.5}

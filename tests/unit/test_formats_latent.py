@@ -11,8 +11,6 @@ from invdiff.networks.adm import ADM, ADMConfig
 from invdiff.networks.autoencoder import Autoencoder
 from invdiff.priors.converting import convert
 
-torch.set_num_threads(1)
-
 
 def noise(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -10,7 +10,6 @@ import torch
 import invdiff
 from invdiff import InvdiffError, likelihoods, operators, priors, samplers
 
-torch.set_num_threads(1)
 diffusers = pytest.importorskip("diffusers")
 
 KL = {

@@ -13,8 +13,6 @@ from invdiff import InvdiffError
 from invdiff.networks.ncsnpp import FlatNCSNpp, _change, _Shrink, _sines
 from invdiff.priors.formats import build
 
-torch.set_num_threads(1)
-
 
 def noise(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -19,7 +19,6 @@ from invdiff.networks.adm import ADMConfig
 from invdiff.priors.hub import Address, parse, selection
 from tests.unit.test_formats_adm import weights
 
-torch.set_num_threads(1)
 huggingface_hub = pytest.importorskip("huggingface_hub")
 constants = pytest.importorskip("huggingface_hub.constants")
 

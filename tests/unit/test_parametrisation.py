@@ -11,8 +11,6 @@ from invdiff.counting import CountedDenoiser, Counts
 from invdiff.priors.frames import EDM, VE, VP, Flow
 from invdiff.priors.parametrisation import from_network
 
-torch.set_num_threads(1)
-
 SPACE = invdiff.Space((1, 3, 4), torch.float64)
 LOW, HIGH = 0.01, 40.0
 

@@ -9,8 +9,6 @@ from invdiff.prior import FunctionDenoiser, Prior
 from invdiff.priors import VE, VP, check_denoiser, from_network
 from tests.unit.test_parametrisation import column
 
-torch.set_num_threads(1)
-
 SPACE = invdiff.Space((1, 8, 8), torch.float64)
 MIDDLE, FRAME = 0.5, VP.from_betas()
 

@@ -19,8 +19,6 @@ from invdiff.networks.songunet import SongUNet
 from invdiff.priors.converting import convert
 from tests.unit.test_cli import refuse, run
 
-torch.set_num_threads(1)
-
 
 def noise(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

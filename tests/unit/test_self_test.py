@@ -19,8 +19,6 @@ from invdiff.priors.dead_leaves import dead_leaves
 from invdiff.priors.self_test import COUNT, examine, self_test
 from tests.unit import tiny_adm
 
-torch.set_num_threads(1)
-
 TINY = {"head_channels": 8, "size": tiny_adm.SIZE}
 
 

@@ -16,8 +16,6 @@ from invdiff import InvdiffError
 from invdiff.priors import pickle_machine
 from invdiff.priors.unpickling import Array, Inert, Name, read_pickled
 
-torch.set_num_threads(1)
-
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -10,7 +10,6 @@ von Platen et al., "Diffusers", 2022; zero terminal SNR: Lin et al., WACV 2024, 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from invdiff.errors import InvdiffError
 from invdiff.prior import Prior
 from invdiff.priors.assemble import IMAGE_OPTIONS, assemble, fill
-from invdiff.priors.frames import VE, VP, Frame
+from invdiff.priors.frames import VE, VP, Frame, betas
 from invdiff.priors.source import Source
 
 __all__ = ["OPTIONS", "TITLE", "build", "recognise", "renamed", "training_betas", "training_frame"]
@@ -235,6 +234,10 @@ def training_frame(source: Source, config: Mapping[str, Any], schedule: Any, pre
     return VP(abar, whole=config.get("time_embedding_type") == "learned"), _PREDICTS[name]
 
 
+#: Schedules by diffusers' names and by ours.
+_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+
+
 def training_betas(config: Mapping[str, Any]) -> Tensor:
     """Return ``beta`` of every training step from a scheduler's configuration, float64.
 
@@ -247,14 +250,8 @@ def training_betas(config: Mapping[str, Any]) -> Tensor:
     given: Sequence[float] | None = config.get("trained_betas")
     if given is not None:
         beta = torch.as_tensor(given, dtype=torch.float64).clone()
-    elif name == "linear":
-        beta = torch.linspace(low, high, steps, dtype=torch.float64)
-    elif name == "scaled_linear":
-        beta = torch.linspace(low**0.5, high**0.5, steps, dtype=torch.float64) ** 2
-    elif name == "squaredcos_cap_v2":
-        t = torch.arange(steps + 1, dtype=torch.float64) / steps
-        abar = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-        beta = (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
+    elif name in _SCHEDULES:
+        beta = betas(_SCHEDULES[name], steps, low, high)
     elif name == "sigmoid":
         beta = torch.sigmoid(torch.linspace(-6, 6, steps, dtype=torch.float64)) * (high - low) + low
     else:
