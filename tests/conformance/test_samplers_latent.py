@@ -344,7 +344,8 @@ def test_rows_of_a_fit_do_not_see_each_other():
     start[1] = float("nan")
     whole = fit_to_noise(problem, start, torch.ones_like(y), 50)
     alone = fit_to_noise(problem.rows(torch.tensor([0])), start[:1], torch.ones_like(y[:1]), 50)
-    assert (whole[:1] - alone).abs().max() < 1e-10 and torch.isfinite(whole[2]).all()
+    # A row stops within 1e-6 of its goal, so that rounding, which depends on the batch, may cost it a last step.
+    assert (whole[:1] - alone).abs().max() < 1e-5 * alone.abs().max() and torch.isfinite(whole[2]).all()
 
 
 def test_a_mask_takes_one_step():
