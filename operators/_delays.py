@@ -7,7 +7,6 @@ multiply. Pixel ``p`` with the delay ``k + f`` in samples and the weight ``w`` g
 
 from __future__ import annotations
 
-import importlib.util
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
@@ -182,11 +181,6 @@ class Direct(Part):
         flat = u.flatten(1).mT.contiguous()
         out = (near.conj()[..., None] * flat[place]).sum(0) + (far.conj()[..., None] * flat[place + 1]).sum(0)
         return out.mT.real if real else out.mT
-
-
-def is_compiled(device: torch.device) -> bool:
-    """Return whether there are compiled loops for a device."""
-    return device.type == "cpu" and importlib.util.find_spec("numba") is not None
 
 
 def direct(

@@ -1,15 +1,13 @@
 """Compiled loops over delays, for geometries too large for a table. Imported only where numba is there.
 
 Forward, elements are spread over threads; backward, pixels. Every thread writes to its own part, and each number
-is summed in the same order for any number of threads. The loops let go of Python's lock and run in plain threads:
-numba's own parallel loops would change the number of threads that torch uses.
+is summed in the same order for any number of threads.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
 import numpy as np
@@ -17,6 +15,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from invdiff.operators._compiled import in_threads
 from invdiff.operators._delays import Part, Path
 
 Array: TypeAlias = np.ndarray
@@ -80,10 +79,4 @@ class Compiled(Part):
     def _run(self, loop: Callable[..., None], given: Tensor, out: Tensor, count: int) -> None:
         arrays = [given.numpy(), out.numpy()]
         arrays += [t.contiguous().numpy() for path in (self.sent, self.heard) for t in path]
-        threads = min(torch.get_num_threads(), count)
-        ends = np.linspace(0, count, threads + 1).astype(int).tolist()
-        if threads == 1:
-            loop(*arrays, 0, count)
-            return
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda i: loop(*arrays, ends[i], ends[i + 1]), range(threads)))
+        in_threads(loop, arrays, count)

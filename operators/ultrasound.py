@@ -14,6 +14,7 @@ from torch import Tensor
 
 from invdiff.errors import InvdiffError
 from invdiff.operators import _delays
+from invdiff.operators._compiled import is_compiled
 from invdiff.operators._convolve import fast_length
 from invdiff.operators._delays import DelayTable, Part, Path
 from invdiff.operators._parameters import ParametricOperator, as_parameter, as_space
@@ -259,7 +260,7 @@ class PlaneWaveUltrasound(ParametricOperator):
         if self.method == "table":
             yield from ((a, 0, elements, part) for a, part in enumerate(self._table().parts))
         else:
-            compiled = _delays.is_compiled(self.place.device)
+            compiled = is_compiled(self.place.device)
             width = pixels * (1 if compiled else rows)
             yield from _delays.direct(self._sent, self._heard, angles, elements, self._padded, width, compiled)
 

@@ -235,26 +235,32 @@ def test_data_that_come_back_are_not_transformed_again(monkeypatch):
     assert float(slope.abs().sum()) > 0
 
 
+@pytest.mark.parametrize("cases", [1, 2])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_the_exact_prox_in_pieces_is_the_prox(axis, monkeypatch):
-    """A few rows go through their factors a few readout positions at a time; many go at once."""
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_compiled_loops_of_the_exact_prox_are_its_products(dtype, axis, cases, monkeypatch):
+    """A few rows go through compiled loops, more through torch's products; sizes are no multiples of four."""
     from invdiff.operators import _readout
 
-    mask = torch.zeros(9, 7)
-    mask[::2] = 1
-    shape = (mask if axis == 0 else mask.T).shape
-    maps = torch.randn(3, *shape, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
-    op = operators.MultiCoilMRI(mask if axis == 0 else mask.T, maps)
-    y, z, noise = op.range.randn(2, seed=1), op.domain.randn(2, seed=2), op.domain.randn(2, seed=3)
-    rho, sigma, tau = torch.tensor([0.1, 2.0]), torch.tensor([0.3, 1.0]), torch.tensor([1.0, 0.2])
+    mask = torch.zeros(cases, 9, 7)
+    mask[:, ::2] = 1
+    mask[0, 1] = 1
+    mask = mask if axis == 0 else mask.mT
+    maps = torch.randn(cases, 3, *mask.shape[1:], dtype=dtype, generator=torch.Generator().manual_seed(0))
+    op = operators.MultiCoilMRI(mask, maps)
+    op = op.rows(torch.tensor([1, 0, 1])) if cases > 1 else op
+    y, z, noise = op.range.randn(3, seed=1), op.domain.randn(3, seed=2), op.domain.randn(3, seed=3)
+    rho, sigma, tau = torch.tensor([0.1, 2.0, 1]), torch.tensor([0.3, 1.0, 0.1]), torch.tensor([1.0, 0.2, 1])
+    chosen = []
 
     def both():
         return op.prox(z, y, rho), op.conditional(z, y, sigma, tau, noise)
 
+    monkeypatch.setattr(_readout, "is_compiled", lambda device: False)
+    plain = both()
+    monkeypatch.setattr(_readout, "is_compiled", lambda device: chosen.append(1) or True)
+    for a, b in zip(both(), plain):
+        torch.testing.assert_close(a, b, atol=1e-12 if dtype == torch.complex128 else 3e-5, rtol=0)
+    assert len(chosen) == 2 * cases
     monkeypatch.setattr(_readout, "_FEW", 0)
-    whole = both()
-    monkeypatch.setattr(_readout, "_FEW", 3)
-    for piece in (1 << 20, 2 * 81, 1):
-        monkeypatch.setattr(_readout, "_PIECE", piece)
-        for a, b in zip(both(), whole):
-            torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+    assert torch.equal(both()[0], plain[0]) and len(chosen) == 2 * cases

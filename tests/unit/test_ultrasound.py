@@ -167,7 +167,7 @@ def test_implementations_and_blocks_change_nothing(monkeypatch, dtype, implement
     assert torch.count_nonzero(forward) > 1000
     monkeypatch.setattr(_delays, "_ENTRIES", 5 * 320)
     monkeypatch.setattr(ultrasound, "_AT_WORK", 2 * 12 * op._padded)
-    monkeypatch.setattr(_delays, "is_compiled", lambda device: implementation == "compiled")
+    monkeypatch.setattr(ultrasound, "is_compiled", lambda device: implementation == "compiled")
     other = make(method="table" if implementation == "table" else "matrix-free", **given)
     if implementation == "table":
         monkeypatch.setattr(_table, "TABLES", _table.TableCache())
