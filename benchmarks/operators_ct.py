@@ -112,25 +112,29 @@ def _matrices(rays: Rays) -> tuple[Any, Any]:
     return back.T.tocsr(), back
 
 
-def _columns(rays: Rays, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return images and data as columns of matrices, or as vectors."""
+def _rows(rays: Rays, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return images and data as rows, as every operator gets them, or as vectors."""
     op = rays("table")
-    pair = (v.flatten(1).T.contiguous() for v in (op.domain.randn(batch, 1), op.range.randn(batch, 2)))
-    x, y = (v[:, 0] if batch == 1 else v for v in pair)
+    pair = (v.flatten(1) for v in (op.domain.randn(batch, 1), op.range.randn(batch, 2)))
+    x, y = (v[0] if batch == 1 else v for v in pair)
     return x, y
 
 
 def _products(a: Any, b: Any, x: Any, y: Any) -> Runs:
-    return {"forward": lambda: a @ x, "adjoint": lambda: b @ y, "normal": lambda: b @ (a @ x)}
+    """Rows are turned for the product, which wants columns, and left as columns afterwards."""
+    if x.ndim == 1:
+        return {"forward": lambda: a @ x, "adjoint": lambda: b @ y, "normal": lambda: b @ (a @ x)}
+    return {"forward": lambda: a @ x.T, "adjoint": lambda: b @ y.T, "normal": lambda: b @ (a @ x.T)}
 
 
 def _scipy(rays: Rays, batch: int) -> Runs:
-    x, y = (v.numpy() for v in _columns(rays, batch))
+    x, y = (v.numpy() for v in _rows(rays, batch))
     forward, back = _matrices(rays)
     op = rays("matrix-free")
-    ours = op(op.domain.randn(batch, 1)).flatten(1).T.numpy().reshape(-1)
-    assert np.abs((forward @ x).reshape(-1) - ours).max() < 1e-4 * np.abs(ours).max()
-    return _products(forward, back, x, y)
+    ours = op(op.domain.randn(batch, 1)).flatten(1).numpy().reshape(-1)
+    runs = _products(forward, back, x, y)
+    assert np.abs(runs["forward"]().T.reshape(-1) - ours).max() < 1e-4 * np.abs(ours).max()
+    return runs
 
 
 def _torch(rays: Rays, batch: int) -> Runs:
@@ -140,7 +144,7 @@ def _torch(rays: Rays, batch: int) -> Runs:
             torch.sparse_csr_tensor(*(torch.from_numpy(v) for v in (m.indptr, m.indices, m.data)), m.shape)
             for m in _matrices(rays)
         )
-    return _products(forward, back, *_columns(rays, batch))
+    return _products(forward, back, *_rows(rays, batch))
 
 
 def deepinv(rays: Rays, angles: np.ndarray, **options: Any) -> Make:
@@ -178,8 +182,9 @@ def astra(rays: Rays, *geometry: Any) -> dict[str, Make]:
 
 
 _TEXT = (
-    "The sparse matrices hold the weights of `invdiff`; they get images as columns, which is not timed. deepinv "
-    "interpolates a rotated image, with its exact adjoint."
+    "The sparse matrices hold the weights of `invdiff`. All get a batch as rows, as samplers hold it; what the "
+    "products with matrices, which want columns, give as columns is left so. deepinv interpolates a rotated image, "
+    "with its exact adjoint."
 )
 _MEMORY = ("deepinv Tomography", "invdiff, matrix-free", "invdiff, table")
 GROUPS = {
