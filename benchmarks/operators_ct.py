@@ -183,8 +183,8 @@ def astra(rays: Rays, *geometry: Any) -> dict[str, Make]:
 
 _TEXT = (
     "The sparse matrices hold the weights of `invdiff`. All get a batch as rows, as samplers hold it; the "
-    "products with matrices want columns and give columns, which are left so. deepinv interpolates a rotated image, "
-    "with its exact adjoint."
+    "products with matrices want columns and give columns, which are left so. deepinv interpolates a rotated "
+    "image, with its exact adjoint."
 )
 _MEMORY = ("deepinv Tomography", "invdiff, matrix-free", "invdiff, table")
 GROUPS = {
