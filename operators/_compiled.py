@@ -15,12 +15,27 @@ def is_compiled(device: torch.device) -> bool:
     return device.type == "cpu" and importlib.util.find_spec("numba") is not None
 
 
-def in_threads(loop: Callable[..., None], arrays: Sequence[np.ndarray], count: int) -> None:
-    """Call ``loop(*arrays, first, last)`` on parts of ``range(count)``, one for each of torch's threads.
+#: Steps of a loop that pay for a thread (measured: starting one takes as long as about 2^16).
+_STEPS = 1 << 18
+
+
+def thread_count(steps: int) -> int:
+    """Return how many of torch's threads a loop of so many steps is worth."""
+    return max(1, min(torch.get_num_threads(), steps // _STEPS))
+
+
+def in_threads(loop: Callable[..., None], arrays: Sequence[np.ndarray], count: int, steps: int) -> None:
+    """Call ``loop(*arrays, first, last)`` on parts of ``range(count)``, one for each thread.
 
     The loop lets go of Python's lock. numba's own parallel loops would change the number of threads of torch.
+
+    Args:
+        loop: What to call.
+        arrays: Its first arguments.
+        count: What there is to do.
+        steps: Innermost steps of all of it.
     """
-    threads = min(torch.get_num_threads(), count)
+    threads = min(thread_count(steps), count)
     if threads < 2:
         loop(*arrays, 0, count)
         return

@@ -79,4 +79,4 @@ class Compiled(Part):
     def _run(self, loop: Callable[..., None], given: Tensor, out: Tensor, count: int) -> None:
         arrays = [given.numpy(), out.numpy()]
         arrays += [t.contiguous().numpy() for path in (self.sent, self.heard) for t in path]
-        in_threads(loop, arrays, count)
+        in_threads(loop, arrays, count, self.heard.delay.numel() * given.shape[-1])

@@ -22,6 +22,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from invdiff.operators._compiled import thread_count
 from invdiff.operators._lanes import fma, load, store, zeros
 from invdiff.operators._rays import Grid, TraceViews, blocks, bounds, others
 
@@ -84,7 +85,7 @@ class HostRays:
         forward, _ = _kernels(lanes, len(self.grid.sizes))
         sources = [self._bordered(x[i : i + lanes], lanes) for i in range(0, len(x), lanes)]
         sums = x.new_zeros(len(sources), self.data, lanes)
-        with _Threads() as threads:
+        with self._threads(len(sources)) as threads:
             for part in self.parts:
                 pieces = np.array_split(part.which, threads.count)
                 walk = self._walk(part, sums)
@@ -101,7 +102,7 @@ class HostRays:
         images = [self._bordered(y.new_zeros(0, math.prod(self.grid.sizes)), lanes) for _ in chunks]
         for i, source in zip(chunks, sources):
             source[:, : len(y[i : i + lanes])] = y[i : i + lanes].mT
-        with _Threads() as threads:
+        with self._threads(len(sources)) as threads:
             for part in self.parts:
                 slabs = np.linspace(0, int(part.high.max()), threads.count + 1).astype(np.int64)
                 walk = self._walk(part, sources)
@@ -110,6 +111,9 @@ class HostRays:
                     threads.run(backward, [(*work, *slab) for slab in itertools.pairwise(slabs)])
         inner = (*(slice(1, n + 1) for n in self.grid.sizes),)
         return torch.cat([image[inner].reshape(-1, lanes).mT for image in images])[: len(y)]
+
+    def _threads(self, chunks: int) -> _Threads:
+        return _Threads(thread_count(chunks * self.data * max(self.grid.sizes)))
 
     def _bordered(self, x: Tensor, lanes: int) -> Tensor:
         """Return images with zeros around them and the batch innermost, ``(*sizes + 2, lanes)``."""
@@ -284,10 +288,10 @@ def _kernels_3d(lanes: int) -> tuple[Callable[..., None], Callable[..., None]]:
 
 
 class _Threads:
-    """As many threads as torch uses; with one, everything runs in the caller's."""
+    """Some threads; with one, everything runs in the caller's."""
 
-    def __init__(self) -> None:
-        self.count = torch.get_num_threads()
+    def __init__(self, count: int) -> None:
+        self.count = count
 
     def __enter__(self) -> _Threads:
         self._pool = ThreadPoolExecutor(self.count) if self.count > 1 else None

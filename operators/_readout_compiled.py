@@ -66,6 +66,7 @@ def filtered(vectors: Tensor, x: Tensor, gains: Tensor) -> Tensor:
         x: ``(K, B, R, n)``, complex.
         gains: ``(K, B, R, n)``, real.
     """
+    steps = (len(x) + 1) * x.shape[1] * vectors.numel()
     x, gains = x.permute(2, 1, 0, 3), gains.permute(2, 1, 0, 3)
     out = x.new_empty(x.shape[0], x.shape[1], x.shape[3])
     arrays = [
@@ -74,5 +75,5 @@ def filtered(vectors: Tensor, x: Tensor, gains: Tensor) -> Tensor:
         gains.contiguous().numpy(),
         torch.view_as_real(out).numpy(),
     ]
-    in_threads(_filter, arrays, len(out))
+    in_threads(_filter, arrays, len(out), steps)
     return out.transpose(0, 1)

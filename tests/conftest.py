@@ -17,6 +17,11 @@ with warnings.catch_warnings():
     import sigpy.mri  # noqa: F401
 
 from invdiff import ct
+from invdiff.operators import _compiled
+
+# Tests hold small arrays: a second thread gains nothing, and where the cores are busy every parallel region waits
+# for a slice of time (measured: 7 ms for the exponential of 32 images of 12 x 12). Tests of threads ask for them.
+torch.set_num_threads(1)
 
 
 def _global_state():
@@ -38,6 +43,24 @@ def _guard_global_state(request):
     yield
     if "touches_global_rng" not in request.keywords:
         assert _global_state() == before, "the code under test changed global torch or numpy state"
+
+
+@pytest.fixture
+def in_threads(monkeypatch):
+    """Return what calls a function with a number of threads, over which even small loops are spread."""
+    monkeypatch.setattr(_compiled, "_STEPS", 1)
+    before = torch.get_num_threads()
+
+    def call(count, work):
+        torch.set_num_threads(count)
+        try:
+            out = work()
+            assert torch.get_num_threads() == count
+        finally:
+            torch.set_num_threads(before)
+        return out
+
+    return call
 
 
 @pytest.fixture(scope="session")

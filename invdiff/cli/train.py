@@ -98,7 +98,8 @@ def _config(cls: type[TrainConfig], path: Path | None, words: list[str]) -> Trai
             if not queue:
                 raise InvdiffError(f"--{name} needs a value; for example --{name} {default}.")
             text = queue.pop(0)
-        values[name] = _widths(text) if isinstance(default, tuple) else read_value(text, default, f"--{name}")
+        many = isinstance(default, tuple)
+        values[name] = _numbers(text, name) if many else read_value(text, default, f"--{name}")
     base = cls.from_file(path) if path is not None else cls()
     return cls.from_dict({**base.to_dict(), **values})
 
@@ -110,11 +111,11 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"did you mean --{near[0].replace('_', '-')}?" if near else "`invdiff train --settings` lists them."
 
 
-def _widths(text: str) -> list[int]:
+def _numbers(text: str, name: str) -> list[int]:
     try:
-        return [int(word) for word in text.strip("[]() ").split(",")]
+        return [int(word) for word in text.strip("[]() ").split(",") if word.strip()]
     except ValueError as error:
-        raise InvdiffError(f"Widths are whole numbers between commas, like 64,96,128; got {text!r}.") from error
+        raise InvdiffError(f"{name} takes whole numbers between commas, like 64,96,128; got {text!r}.") from error
 
 
 def _list_settings(cls: type[TrainConfig], json: bool) -> None:

@@ -88,6 +88,7 @@ class EDMUNet(nn.Module):
         blocks: residual blocks per resolution, in the encoder and again in the decoder.
         embedding: width of the noise-level embedding.
         sigma_data: standard deviation of the training images per channel.
+        classes: classes of images that :meth:`raw` takes; 0 for none.
 
     Raises:
         ValueError: a size that is not positive, or at call time an input of the wrong shape.
@@ -105,6 +106,7 @@ class EDMUNet(nn.Module):
         blocks: int = 2,
         embedding: int = 128,
         sigma_data: float = 0.25,
+        classes: int = 0,
     ) -> None:
         super().__init__()
         if channels < 1 or blocks < 1 or embedding < 2 or not widths or min(widths) < 1:
@@ -127,6 +129,8 @@ class EDMUNet(nn.Module):
         self.embed = nn.Sequential(
             nn.Linear(2 * (embedding // 2), embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
         )
+
+        self.classify = nn.Linear(classes, embedding, bias=False) if classes else None
 
         self.inlet = nn.Conv2d(4 * channels, self.widths[0], 3, padding=1)
         self.encoder = nn.ModuleList()
@@ -210,10 +214,12 @@ class EDMUNet(nn.Module):
         raw = self.raw(x * total.rsqrt(), sigma.to(x.dtype).log() / 4)
         return c_skip * x + c_out * raw.to(x.dtype)
 
-    def raw(self, x: Tensor, c_noise: Tensor) -> Tensor:
-        """The network F itself, with input and target of unit variance."""
+    def raw(self, x: Tensor, c_noise: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The network F itself, with input and target of unit variance; weights ``(B, classes)`` of the classes."""
         angles = c_noise[:, None] * self.frequencies * math.pi
         e = self.embed(torch.cat([angles.cos(), angles.sin()], dim=1))
+        if self.classify is not None and weights is not None:
+            e = e + self.classify(weights)
         h = functional.pixel_unshuffle(x, 2)
         h = self.inlet(h.contiguous(memory_format=torch.channels_last))
         skips = []

@@ -10,18 +10,41 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from invdiff.networks import EDMUNet
+from invdiff.networks import EDMUNet, TrainedNetwork
+from invdiff.priors.frames import EDM, Flow
 from invdiff.priors.held_out import held_out_slice
+from invdiff.priors.parametrisation import ParametrisedDenoiser
 
-__all__ = ["FORMAT", "bundled", "load_network", "reference_errors", "self_test", "sha256_file"]
+__all__ = [
+    "FORMAT",
+    "FORMATS",
+    "Network",
+    "bundled",
+    "denoiser_of",
+    "format_of",
+    "load_network",
+    "reference_errors",
+    "self_test",
+    "sha256_file",
+]
 
+Network = EDMUNet | TrainedNetwork
+
+#: Of `EDMUNet`, which is the denoiser itself.
 FORMAT = "invdiff-edm-unet/1"
+#: What builds the network of a format from the card.
+FORMATS: dict[str, Callable[[dict[str, Any]], Network]] = {
+    FORMAT: EDMUNet.from_config,
+    "invdiff-trained/1": TrainedNetwork.from_config,
+}
 SELF_TEST_SIGMAS = (0.02, 0.1, 0.5, 2.0)
 # Other processors and half precision change the error by far less than this.
 SELF_TEST_TOLERANCE = 0.03
@@ -68,8 +91,8 @@ def _read_card(path: Path) -> dict[str, Any]:
     missing = [key for key in _NEEDED if key not in card]
     if missing:
         raise ValueError(f"{path} lacks {missing}; a card needs {list(_NEEDED)}.")
-    if card["format"] != FORMAT:
-        raise ValueError(f"{path} has format {card['format']!r}; this version reads {FORMAT!r}.")
+    if card["format"] not in FORMATS:
+        raise ValueError(f"{path} has format {card['format']!r}; this version reads {', '.join(FORMATS)}.")
     low, high = card["sigma_min"], card["sigma_max"]
     numbers = all(isinstance(v, int | float) and math.isfinite(v) for v in (low, high))
     if not numbers or not 0 < low < high:
@@ -81,7 +104,39 @@ def _read_card(path: Path) -> dict[str, Any]:
     return card
 
 
-def load_network(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[EDMUNet, dict[str, Any]]:
+def format_of(network: Network) -> str:
+    """Name of the format of a network."""
+    return FORMAT if isinstance(network, EDMUNet) else "invdiff-trained/1"
+
+
+def denoiser_of(network: Network, call: Callable[..., Tensor] | None = None) -> Callable[..., Tensor]:
+    """Return ``D(x, sigma, cond=None)`` of a network.
+
+    An `EDMUNet` is that already. Any other is told to be what it was trained as; without a label it denoises
+    images of no class in particular.
+
+    Args:
+        network: The network.
+        call: What to call in its place, a compiled twin for example.
+    """
+    if isinstance(network, EDMUNet):
+        return call or network
+    low, high = network.sigma_min, network.sigma_max
+    flow = network.parametrisation == "flow"
+    conditions = ("label",) if network.classes else ()
+    return ParametrisedDenoiser(
+        call or network,
+        network.parametrisation,
+        Flow(1, low, high) if flow else EDM(network.sigma_data, low, high),
+        network.channels,
+        outside="clamp",
+        sigma_data=network.sigma_data,
+        conditions=conditions,
+        given=dict.fromkeys(conditions, torch.tensor(network.classes)),
+    )
+
+
+def load_network(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[Network, dict[str, Any]]:
     """Load a denoiser and its card.
 
     Args:
@@ -108,10 +163,11 @@ def load_network(path: str | Path, *, device: str | torch.device = "cpu") -> tup
             f"{path} has SHA-256 {found[:12]}..., the card says {str(card['sha256'])[:12]}...: "
             "the weights are damaged or belong to another card; fetch both again."
         )
+    build = FORMATS[card["format"]]
     # On the meta device a hostile config costs no memory.
     try:
         with torch.device("meta"):
-            expected = {k: tuple(v.shape) for k, v in EDMUNet.from_config(card["config"]).state_dict().items()}
+            expected = {k: tuple(v.shape) for k, v in build(card["config"]).state_dict().items()}
     except (RuntimeError, OverflowError) as error:
         raise ValueError(f"The card of {path} describes no network that can be built: {error}.") from None
     try:
@@ -127,7 +183,7 @@ def load_network(path: str | Path, *, device: str | torch.device = "cpu") -> tup
             raise ValueError(f"{path} holds NaN or infinite values in {key}.")
     # Initial weights are drawn and thrown away; that must not move the caller's random numbers.
     with torch.random.fork_rng(devices=[]):
-        network = EDMUNet.from_config(card["config"])
+        network = build(card["config"])
     network.load_state_dict(tensors, strict=True)
     return network.to(device).eval().requires_grad_(False), card
 
@@ -143,7 +199,7 @@ def _difference(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> 
 
 
 @torch.no_grad()
-def reference_errors(network: EDMUNet) -> dict[str, Any]:
+def reference_errors(network: Network) -> dict[str, Any]:
     """RMSE of denoising the first bundled slice, with fixed noise, at a few noise levels.
 
     Args:
@@ -156,20 +212,24 @@ def reference_errors(network: EDMUNet) -> dict[str, Any]:
     x = held_out_slice(0)
     planes = [x.real, x.imag] if network.channels == 2 else [np.abs(x)] * network.channels
     multiple = network.multiple
-    ny, nx = (n - n % multiple for n in x.shape)
-    clean = torch.from_numpy(np.stack(planes)[:, :ny, :nx].astype(np.float32))
+    # Attention over a whole slice takes gigabytes; a network with a size is shown a middle part of that size.
+    sides = x.shape if isinstance(network, EDMUNet) else [min(n, network.size) for n in x.shape]
+    ny, nx = (n - n % multiple for n in sides)
+    top, left = (0, 0) if isinstance(network, EDMUNet) else ((n - m) // 2 for n, m in zip(x.shape, (ny, nx)))
+    clean = torch.from_numpy(np.stack(planes)[:, top : top + ny, left : left + nx].astype(np.float32))
     parameter = next(network.parameters())
+    denoise = denoiser_of(network)
     rng = np.random.default_rng(20240229)
     errors = []
     for sigma in SELF_TEST_SIGMAS:
         noisy = clean + sigma * torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
         level = torch.full((1,), sigma, device=parameter.device, dtype=parameter.dtype)
-        out = network(noisy[None].to(parameter.device, parameter.dtype), level)[0]
+        out = denoise(noisy[None].to(parameter.device, parameter.dtype), level)[0]
         errors.append(float((out.float().cpu() - clean).square().mean().sqrt()))
     return {"sigma": list(SELF_TEST_SIGMAS), "rmse": [float(f"{e:.5g}") for e in errors]}
 
 
-def self_test(network: EDMUNet, card: dict[str, Any]) -> dict[str, Any]:
+def self_test(network: Network, card: dict[str, Any]) -> dict[str, Any]:
     """Denoise a known image and compare with the card.
 
     Args:

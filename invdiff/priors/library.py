@@ -194,14 +194,14 @@ def _ours(name: str | Path) -> bool:
     """Whether a file says that it is of the embedded format."""
     from safetensors import SafetensorError, safe_open
 
-    from invdiff.priors.learned import FORMAT
+    from invdiff.priors.learned import FORMATS
     from invdiff.priors.source import Source
 
     path = Path(name)
     if path.suffix != ".safetensors" or not path.is_file():
         return False
     if (about := Source(path).json()) is not None:
-        return about.get("format") == FORMAT
+        return about.get("format") in FORMATS
     try:
         with safe_open(path, framework="pt") as file:
             return "inlet.weight" in file.keys()  # noqa: SIM118 (not a mapping)
@@ -228,8 +228,9 @@ def _load(path: str, check: bool = True) -> Prior:
     about = {**about, "name": embedded.get(path, about.get("name", Path(path).stem)), "check": verdict}
     multiple, channels = int(network.multiple), len(about["channels"])
     make = complex_codec if channels == 2 else real_codec
+    denoiser = learned.denoiser_of(network)
     return Prior(
-        NetworkDenoiser(network, about),
+        denoiser if isinstance(denoiser, Denoiser) else NetworkDenoiser(network, about),
         card=about,
         make_codec=lambda image, scale: make(image, scale, multiple, channels),
     )

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from invdiff.networks import EDMUNet
-from invdiff.priors.learned import FORMAT, reference_errors, sha256_file
+from invdiff.networks import TrainedNetwork
+from invdiff.priors.learned import Network, format_of, reference_errors, sha256_file
 from invdiff.training.synthesisers import SYNTHESISERS
 
 __all__ = ["make", "write"]
@@ -23,7 +23,7 @@ __all__ = ["make", "write"]
 
 def make(
     training: dict[str, Any],
-    network: EDMUNet,
+    network: Network,
     curve: dict[str, Any],
     step: int,
     seconds: float,
@@ -52,6 +52,8 @@ def make(
         limits = list(made.limits)
     else:
         recipe["data"] = Path(str(training["data"])).name
+    if isinstance(network, TrainedNetwork) and network.config()["backbone"] != "unet":
+        limits = [*limits, f"Attention was learned on crops of {network.size} pixels; it is at its best there."]
     normalisation = (
         {"statistic": "p99_magnitude", "value": 1.0}
         if synthetic or training["normalise"] == "p99"
@@ -60,7 +62,7 @@ def make(
     return {
         "name": training["name"],
         "description": training["description"],
-        "format": FORMAT,
+        "format": format_of(network),
         "config": network.config(),
         "sigma_min": training["sigma_min"],
         "sigma_max": training["sigma_max"],
@@ -99,7 +101,7 @@ def write(path: str | Path, tensors: dict[str, Tensor], card: dict[str, Any]) ->
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
         weights = Path(folder) / "weights"
         # One entry only: safetensors writes several in random order, and the hash would vary.
-        about = {"format": FORMAT, "config": card["config"], "name": card["name"]}
+        about = {"format": card["format"], "config": card["config"], "name": card["name"]}
         metadata = {"invdiff": json.dumps(about, sort_keys=True)}
         save_file(tensors, weights, metadata=metadata)
         card = {**card, "sha256": sha256_file(weights), "bytes": weights.stat().st_size}

@@ -39,14 +39,24 @@ class TrainConfig:
     validation_images: int = _f(8, "held-out images for the denoising curve")
     normalise: str = _f("p99", "scale of file images: 'p99' (99th percentile of magnitude is 1) or 'none'")
     channels: int = _f(2, "1 for real images, 2 for complex ones")
-    widths: tuple[int, ...] = _f((64, 96, 128), "feature channels at 1/2, 1/4, 1/8 of the resolution")
-    blocks: int = _f(2, "residual blocks per resolution")
+    loss: str = _f("edm", "'edm' (denoising at every noise level alike) or 'flow' (flow matching: velocities)")
+    backbone: str = _f("unet", "architecture: 'unet' (no attention, any size), 'adm', 'ddpmpp' or 'transformer'")
+    widths: tuple[int, ...] = _f(
+        (64, 96, 128),
+        "features at 1/2, 1/4, 1/8 of the resolution (unet), at 1, 1/2, 1/4 (adm, ddpmpp), or one (transformer)",
+    )
+    blocks: int = _f(2, "residual blocks per resolution, or layers of the transformer")
+    attention: tuple[int, ...] = _f(
+        (), "sizes of feature maps with attention, counted in crops (adm, ddpmpp); the smallest map always has it"
+    )
+    head_channels: int = _f(32, "features of one head of attention (adm, transformer)")
+    patch: int = _f(4, "pixels along the side of one token (transformer)")
     embedding: int = _f(128, "width of the noise-level embedding")
     sigma_data: float = _f(0.25, "standard deviation of the images per channel")
     sigma_min: float = _f(0.002, "smallest noise level of the prior")
     sigma_max: float = _f(80.0, "largest noise level of the prior")
-    p_mean: float = _f(-1.6, "mean of log sigma in training")
-    p_std: float = _f(1.3, "standard deviation of log sigma in training")
+    p_mean: float = _f(-1.6, "mean of log sigma in training; of logit t for 'flow', which is the same")
+    p_std: float = _f(1.3, "standard deviation of log sigma in training; of logit t for 'flow'")
     uniform_fraction: float = _f(0.1, "share of images with log sigma uniform over the whole range")
     steps: int = _f(8000, "optimiser steps")
     batch: int = _f(16, "crops per step")
@@ -71,8 +81,10 @@ class TrainConfig:
     export_dtype: str = _f("float32", "storage of the exported weights: 'float32' or 'float16'")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "widths", tuple(self.widths))
+        for name in ("widths", "attention"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         positive: tuple[str, ...] = ("images", "validation_images", "channels", "blocks", "steps", "batch", "crop")
+        positive += ("head_channels", "patch")
         positive += ("late_batch", "late_crop", "learning_rate", "final_learning_rate", "clip", "sigma_data")
         positive += ("p_std", "checkpoint_every", "validate_every", "sigma_min")
         for key in positive:
@@ -86,16 +98,31 @@ class TrainConfig:
             raise ValueError("ema and scale_jitter must be less than 1.")
         if self.sigma_max <= self.sigma_min:
             raise ValueError(f"sigma_max ({self.sigma_max}) must exceed sigma_min ({self.sigma_min}).")
-        multiple = 2 ** len(self.widths)
-        for key in ("crop", "late_crop"):
-            if getattr(self, key) % multiple:
-                raise ValueError(f"{key} must be a multiple of {multiple}; got {getattr(self, key)}.")
+        self._check_network()
         if self.export_dtype not in ("float32", "float16"):
             raise ValueError(f"export_dtype must be 'float32' or 'float16'; got {self.export_dtype!r}.")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"precision must be 'auto', 'float32' or 'bfloat16'; got {self.precision!r}.")
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name must be a plain file name; got {self.name!r}.")
+
+    def _check_network(self) -> None:
+        """Refuse what the architecture cannot be; its sizes are checked again where it is built."""
+        if self.loss not in ("edm", "flow"):
+            raise ValueError(f"loss must be 'edm' or 'flow'; got {self.loss!r}.")
+        if self.backbone not in ("unet", "adm", "ddpmpp", "transformer"):
+            raise ValueError(f"backbone must be 'unet', 'adm', 'ddpmpp' or 'transformer'; got {self.backbone!r}.")
+        if not self.widths or min(self.widths) < 1:
+            raise ValueError(f"widths must be one or more positive numbers; got {list(self.widths)}.")
+        if self.backbone == "transformer" and len(self.widths) != 1:
+            raise ValueError(f"widths must be one number for the transformer; got {list(self.widths)}.")
+        if self.attention and self.backbone not in ("adm", "ddpmpp"):
+            raise ValueError(f"attention is chosen for adm and ddpmpp; leave it empty for {self.backbone}.")
+        levels = len(self.widths)
+        multiple = {"unet": 2**levels, "transformer": self.patch}.get(self.backbone, 2 ** (levels - 1))
+        for key in ("crop", "late_crop"):
+            if getattr(self, key) % multiple:
+                raise ValueError(f"{key} must be a multiple of {multiple}; got {getattr(self, key)}.")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
@@ -142,7 +169,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict that :meth:`from_dict` takes back."""
-        return {**dataclasses.asdict(self), "widths": list(self.widths)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

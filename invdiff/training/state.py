@@ -10,8 +10,43 @@ import torch
 from torch import Tensor
 
 from invdiff.io.atomic import whole_file
-from invdiff.networks import EDMUNet
+from invdiff.networks import BACKBONES, EDMUNet, TrainedNetwork
+from invdiff.priors.learned import Network, denoiser_of
 from invdiff.training.config import TrainConfig
+
+#: Settings that fix the network; a checkpoint belongs to one choice of them.
+_NETWORK = ("channels", "loss", "backbone", "widths", "blocks", "embedding", "sigma_data")
+
+
+def make_network(config: TrainConfig) -> Network:
+    """Return an untrained network; the default loss and backbone make an `EDMUNet`, the denoiser itself."""
+    sizes = (config.channels, config.widths, config.blocks, config.embedding, config.sigma_data)
+    if config.loss == "edm" and config.backbone == "unet":
+        return EDMUNet(*sizes)
+    return TrainedNetwork(
+        backbone=config.backbone,
+        parametrisation=config.loss,
+        channels=config.channels,
+        size=config.crop,
+        widths=config.widths,
+        blocks=config.blocks,
+        embedding=config.embedding,
+        sigma_data=config.sigma_data,
+        sigma_min=config.sigma_min,
+        sigma_max=config.sigma_max,
+        **{name: getattr(config, name) for name in BACKBONES[config.backbone]},
+    )
+
+
+def loss_weight(config: TrainConfig, sigma: Tensor) -> Tensor:
+    """Weight of ``||D - x||^2`` at each noise level, ``(B,)``.
+
+    ``edm``: ``(sigma^2 + d^2) / (sigma d)^2``, so that the network's own target has unit variance. ``flow``:
+    ``((1 + sigma) / sigma)^2``, which makes the sum ``||v - (eps - x)||^2``, as ``D = z - t v``.
+    """
+    if config.loss == "flow":
+        return ((1 + sigma) / sigma) ** 2
+    return (sigma**2 + config.sigma_data**2) / (sigma * config.sigma_data) ** 2
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -32,9 +67,8 @@ class TrainState:
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
-            self.network = EDMUNet(
-                config.channels, config.widths, config.blocks, config.embedding, config.sigma_data
-            ).to(device)
+            self.network = make_network(config).to(device)
+        self.denoise = denoiser_of(self.network)
         self.average = {k: v.detach().clone() for k, v in self.network.named_parameters()}
         self.optimiser = torch.optim.Adam(
             self.network.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), foreach=True
@@ -78,11 +112,16 @@ class TrainState:
         if metadata.get("format") != "invdiff-training/1":
             raise ValueError(f"{path} is not a training checkpoint; delete it or choose another output folder.")
         state, asked = json.loads(metadata["state"]), self.config.to_dict()
-        for key in ("channels", "widths", "blocks", "embedding", "sigma_data"):
-            if state["config"][key] != asked[key]:
+        defaults = TrainConfig().to_dict()
+        own = BACKBONES[self.config.backbone]
+        if "attention" in own:
+            own = (*own, "crop")
+        for key in _NETWORK + own:
+            # Older checkpoints know the defaults alone.
+            trained = state["config"].get(key, defaults[key])
+            if trained != asked[key]:
                 raise ValueError(
-                    f"{path} was trained with {key} = {state['config'][key]}, not {asked[key]}; "
-                    "choose another output folder."
+                    f"{path} was trained with {key} = {trained}, not {asked[key]}; choose another output folder."
                 )
         self._restore(tensors)
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
@@ -102,11 +141,11 @@ class TrainState:
                     key: value if key == "step" else value.to(parameter.device) for key, value in kept.items()
                 }
 
-    def averaged(self) -> EDMUNet:
+    def averaged(self) -> Network:
         """Copy of the network with averaged weights, for validation and export."""
         with torch.random.fork_rng(devices=[]):
-            out = EDMUNet.from_config(self.network.config()).to(self.device)
-        out.load_state_dict(self.average, strict=True)
+            out = make_network(self.config).to(self.device)
+        out.load_state_dict({**out.state_dict(), **self.average}, strict=True)
         return out.eval()
 
     def update(self, batch: tuple[Tensor, Tensor, Tensor]) -> float:
@@ -115,8 +154,10 @@ class TrainState:
         clean, sigma, noise = (t.to(self.device, non_blocking=True) for t in batch)
         noisy = clean + sigma[:, None, None, None] * noise
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            denoised = self.network(noisy, sigma)
-        weight = (sigma**2 + config.sigma_data**2) / (sigma * config.sigma_data) ** 2
+            # A level on the host costs a parametrised network no wait for the device.
+            level = sigma if isinstance(self.network, EDMUNet) else batch[1]
+            denoised = self.denoise(noisy, level)
+        weight = loss_weight(config, sigma)
         loss = (weight[:, None, None, None] * (denoised.float() - clean).square()).mean()
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(config, self.step)

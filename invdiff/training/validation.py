@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from invdiff.io.atomic import whole_file
-from invdiff.networks import EDMUNet
+from invdiff.priors.learned import Network, denoiser_of
 
 __all__ = ["denoising_curve", "plot_curve"]
 
@@ -24,7 +24,7 @@ def _pad(image: NDArray[Any], multiple: int) -> NDArray[np.float32]:
 
 @torch.no_grad()
 def denoising_curve(
-    network: EDMUNet,
+    network: Network,
     images: list[NDArray[Any]],
     sigmas: tuple[float, ...] = SIGMA_GRID,
     seed: int = 0,
@@ -43,6 +43,7 @@ def denoising_curve(
         Lists ``sigma``, ``rmse`` (per real component) and ``relative`` (rmse / sigma).
     """
     parameter = next(network.parameters())
+    denoise = denoiser_of(network)
     total = np.zeros(len(sigmas))
     count = 0
     for index, image in enumerate(images):
@@ -54,7 +55,7 @@ def denoising_curve(
             noise = torch.from_numpy(rng.standard_normal(padded.shape, dtype=np.float32))
             noisy = (padded + sigma * noise)[None].to(parameter.device, parameter.dtype)
             level = torch.full((1,), sigma, device=parameter.device, dtype=parameter.dtype)
-            error = network(noisy, level)[0].float().cpu() - padded
+            error = denoise(noisy, level)[0].float().cpu() - padded
             total[n] += float(error[:, :ny, :nx].double().square().sum())
     rmse = np.sqrt(total / max(count, 1))
     return {

@@ -64,19 +64,11 @@ def test_fast_paths_equal_the_reference(method, dtype):
     torch.testing.assert_close(fast.normal(x), reference.normal(x), **close)
 
 
-def test_matrix_free_does_not_depend_on_threads():
+def test_matrix_free_does_not_depend_on_threads(in_threads):
     op = operators.ParallelBeamCT((1, 40, 33), HALF_TURN[::9], method="matrix-free")
     x, y = op.domain.randn(2), op.range.randn(2)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            results.append((op(x), op.adjoint(y)))
-            assert torch.get_num_threads() == count
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    one, three = (in_threads(count, lambda: (op(x), op.adjoint(y))) for count in (1, 3))
+    assert torch.equal(one[0], three[0]) and torch.equal(one[1], three[1])
 
 
 def exact_sinogram(op: operators.ParallelBeamCT) -> np.ndarray:

@@ -238,7 +238,7 @@ def test_data_that_come_back_are_not_transformed_again(monkeypatch):
 @pytest.mark.parametrize("cases", [1, 2])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
-def test_compiled_loops_of_the_exact_prox_are_its_products(dtype, axis, cases, monkeypatch):
+def test_compiled_loops_of_the_exact_prox_are_its_products(dtype, axis, cases, monkeypatch, in_threads):
     """A few rows go through compiled loops, more through torch's products; sizes are no multiples of four."""
     from invdiff.operators import _readout
 
@@ -259,8 +259,10 @@ def test_compiled_loops_of_the_exact_prox_are_its_products(dtype, axis, cases, m
     monkeypatch.setattr(_readout, "is_compiled", lambda device: False)
     plain = both()
     monkeypatch.setattr(_readout, "is_compiled", lambda device: chosen.append(1) or True)
-    for a, b in zip(both(), plain):
+    compiled = both()
+    for a, b, c in zip(compiled, plain, in_threads(3, both)):
         torch.testing.assert_close(a, b, atol=1e-12 if dtype == torch.complex128 else 3e-5, rtol=0)
-    assert len(chosen) == 2 * cases
+        assert torch.equal(a, c)
+    assert len(chosen) == 4 * cases
     monkeypatch.setattr(_readout, "_FEW", 0)
-    assert torch.equal(both()[0], plain[0]) and len(chosen) == 2 * cases
+    assert torch.equal(both()[0], plain[0]) and len(chosen) == 4 * cases

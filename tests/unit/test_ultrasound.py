@@ -175,18 +175,11 @@ def test_implementations_and_blocks_change_nothing(monkeypatch, dtype, implement
     torch.testing.assert_close(other.adjoint(y), back)
 
 
-def test_sums_do_not_depend_on_threads():
+def test_sums_do_not_depend_on_threads(in_threads):
     op = make(method="matrix-free", dtype=torch.float32)
     x, y = op.domain.randn(2), op.range.randn(2)
-    before, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            results.append((op(x), op.adjoint(y)))
-            assert torch.get_num_threads() == count
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    one, three = (in_threads(count, lambda: (op(x), op.adjoint(y))) for count in (1, 3))
+    assert torch.equal(one[0], three[0]) and torch.equal(one[1], three[1])
 
 
 def test_tables_are_shared_bounded_and_no_state():
