@@ -88,16 +88,10 @@ def card(name: Name, declared: Declared = None, json: Json = False, debug: Debug
 def verify(name: Name, json: Json = False, debug: Debug = False) -> None:
     """Check the weights of a prior: hash, names and shapes, and the denoising of a known image."""
     from invdiff.priors import library
-    from invdiff.priors.learned import load_network, self_test
 
-    path = Path(library.path_of(name))
-    try:
-        network, about = load_network(path)
-        found = self_test(network, about)
-    except InvdiffError:
-        raise
-    except ValueError as error:
-        raise InvdiffError(str(error)) from error
+    _, about, found = library.verify(library.path_of(name))
+    if found is None:
+        raise InvdiffError(f"The card of {about.get('name')!r} has no self-test figures; export the prior again.")
     if json:
         print_json({"prior": about.get("name"), "ok": True, "sha256": about["sha256"], "self_test": found})
         return

@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,8 +28,10 @@ __all__ = [
     "FORMATS",
     "Network",
     "bundled",
+    "compare",
     "denoiser_of",
     "format_of",
+    "load_as",
     "load_network",
     "reference_errors",
     "self_test",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 Network = EDMUNet | TrainedNetwork
+_Module = TypeVar("_Module", bound=torch.nn.Module)
 
 #: Of `EDMUNet`, which is the denoiser itself.
 FORMAT = "invdiff-edm-unet/1"
@@ -77,7 +80,7 @@ def bundled(name: str = "brain-mri") -> Path:
     return path
 
 
-def _read_card(path: Path) -> dict[str, Any]:
+def _read_card(path: Path, formats: Mapping[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"There is no card at {path}: weights need a JSON card of the same name beside them.")
     if path.stat().st_size > _LARGEST_CARD:
@@ -91,8 +94,8 @@ def _read_card(path: Path) -> dict[str, Any]:
     missing = [key for key in _NEEDED if key not in card]
     if missing:
         raise ValueError(f"{path} lacks {missing}; a card needs {list(_NEEDED)}.")
-    if card["format"] not in FORMATS:
-        raise ValueError(f"{path} has format {card['format']!r}; this version reads {', '.join(FORMATS)}.")
+    if card["format"] not in formats:
+        raise ValueError(f"{path} has format {card['format']!r}; this version reads {', '.join(formats)}.")
     low, high = card["sigma_min"], card["sigma_max"]
     numbers = all(isinstance(v, int | float) and math.isfinite(v) for v in (low, high))
     if not numbers or not 0 < low < high:
@@ -149,6 +152,24 @@ def load_network(path: str | Path, *, device: str | torch.device = "cpu") -> tup
     Raises:
         ValueError: weights or card are missing or damaged, or do not belong together.
     """
+    return load_as(path, FORMATS, device)
+
+
+def load_as(
+    path: str | Path,
+    formats: Mapping[str, Callable[[dict[str, Any]], _Module]],
+    device: str | torch.device = "cpu",
+) -> tuple[_Module, dict[str, Any]]:
+    """Load weights and card of one of some formats, as `load_network` does.
+
+    Args:
+        path: the .safetensors file; the card is the .json file of the same name.
+        formats: what builds the network of each from the card's ``config``.
+        device: where to put the network.
+
+    Raises:
+        ValueError: weights or card are missing or damaged, or do not belong together.
+    """
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -156,14 +177,14 @@ def load_network(path: str | Path, *, device: str | torch.device = "cpu") -> tup
         raise ValueError(f"There are no weights at {path}.")
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} is not a .safetensors file; other formats may run code and are not loaded.")
-    card = _read_card(path.with_suffix(".json"))
+    card = _read_card(path.with_suffix(".json"), formats)
     found = sha256_file(path)
     if found != card["sha256"]:
         raise ValueError(
             f"{path} has SHA-256 {found[:12]}..., the card says {str(card['sha256'])[:12]}...: "
             "the weights are damaged or belong to another card; fetch both again."
         )
-    build = FORMATS[card["format"]]
+    build = formats[card["format"]]
     # On the meta device a hostile config costs no memory.
     try:
         with torch.device("meta"):
@@ -242,11 +263,26 @@ def self_test(network: Network, card: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: the card has no figures, or the network does not reproduce them.
     """
+    return compare(reference_errors(network), card)
+
+
+def compare(found: dict[str, Any], card: dict[str, Any]) -> dict[str, Any]:
+    """Compare the errors that a loaded network makes with those on its card; see `self_test`.
+
+    Args:
+        found: ``sigma`` and ``rmse``, and ``reconstruction`` for a latent prior.
+        card: the card.
+    """
     stated = card.get("self_test")
-    if not isinstance(stated, dict) or stated.get("sigma") != list(SELF_TEST_SIGMAS):
+    if (
+        not isinstance(stated, dict)
+        or any(stated.get(k) is None for k in found)
+        or stated["sigma"] != found["sigma"]
+    ):
         raise ValueError(f"The card of {card.get('name')!r} has no self-test figures; export the prior again.")
-    found = reference_errors(network)
     pairs = list(zip(found["rmse"], stated["rmse"]))
+    if "reconstruction" in found:
+        pairs.append((found["reconstruction"], stated["reconstruction"]))
     deviation = max(abs(a - b) / b if b > 0 else math.inf for a, b in pairs)
     if not deviation <= SELF_TEST_TOLERANCE:
         raise ValueError(

@@ -7,12 +7,13 @@ padding to the network's multiple).
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ from invdiff.codec import Codec, ComplexChannels, Pad, Scale
 from invdiff.errors import InvdiffError
 from invdiff.prior import Denoiser, Prior
 from invdiff.spaces import Space
+
+if TYPE_CHECKING:
+    from invdiff.networks.latent_pair import LatentPair
+    from invdiff.priors.learned import Network
 
 _FOLDER = Path(__file__).resolve().parent
 _EMBEDDED = {"brain-mri": "brain_mri.safetensors", "ct-phantom": "ct_phantom.safetensors"}
@@ -194,6 +199,7 @@ def _ours(name: str | Path) -> bool:
     """Whether a file says that it is of the embedded format."""
     from safetensors import SafetensorError, safe_open
 
+    from invdiff.priors import latent
     from invdiff.priors.learned import FORMATS
     from invdiff.priors.source import Source
 
@@ -201,7 +207,7 @@ def _ours(name: str | Path) -> bool:
     if path.suffix != ".safetensors" or not path.is_file():
         return False
     if (about := Source(path).json()) is not None:
-        return about.get("format") in FORMATS
+        return about.get("format") in {*FORMATS, latent.FORMAT}
     try:
         with safe_open(path, framework="pt") as file:
             return "inlet.weight" in file.keys()  # noqa: SIM118 (not a mapping)
@@ -209,23 +215,60 @@ def _ours(name: str | Path) -> bool:
         return True
 
 
-@lru_cache(maxsize=8)
-def _load(path: str, check: bool = True) -> Prior:
-    from invdiff.priors import learned
+def verify(
+    path: str | Path, check: bool = True
+) -> tuple[LatentPair | Network, dict[str, Any], dict[str, Any] | None]:
+    """Read the networks of a file of the embedded format and repeat the self-test of its card.
 
-    verdict = {"verdict": "not checked"}
+    Returns:
+        The network (a `LatentPair` where the prior is a latent one), the card, and what the self-test found: None
+        where it is not asked for or the card has no figures.
+
+    Raises:
+        InvdiffError: If the file is not what its card says, or fails the self-test.
+    """
+    from invdiff.networks.latent_pair import LatentPair
+    from invdiff.priors import latent, learned
+    from invdiff.priors.source import Source
+
+    path = Path(path)
+    network: LatentPair | Network
     try:
-        network, about = learned.load_network(Path(path))
-        if check and "self_test" not in about:
-            verdict = {"verdict": "format and shapes verified, denoising not: its card has no figures"}
-        elif check:
-            verdict = {"verdict": "passed", **learned.self_test(network, about)}
+        if ((path.is_file() and Source(path).json()) or {}).get("format") == latent.FORMAT:
+            pair, about = learned.load_as(path, {latent.FORMAT: LatentPair.from_config})
+            network = pair
+            latent.codec_maker(pair, about)  # refuses shift and scale that do not fit
+            wanted = functools.partial(latent.reference_errors, pair, about)
+        else:
+            plain, about = learned.load_network(path)
+            network = plain
+            wanted = functools.partial(learned.reference_errors, plain)
+        tested = check and "self_test" in about
+        return network, about, learned.compare(wanted(), about) if tested else None
     except InvdiffError:
         raise
     except ValueError as error:
         raise InvdiffError(str(error)) from error
+
+
+@lru_cache(maxsize=8)
+def _load(path: str, check: bool = True) -> Prior:
+    from invdiff.networks.latent_pair import LatentPair
+    from invdiff.priors import latent, learned
+
+    network, about, found = verify(path, check)
+    verdict: dict[str, Any] = {"verdict": "not checked"}
+    if found is not None:
+        verdict = {"verdict": "passed", **found}
+    elif check:
+        verdict = {"verdict": "format and shapes verified, denoising not: its card has no figures"}
     embedded = {str(_FOLDER / file): name for name, file in _EMBEDDED.items()}
     about = {**about, "name": embedded.get(path, about.get("name", Path(path).stem)), "check": verdict}
+    if isinstance(network, LatentPair):
+        latents = {**about, "channels": range(network.codec.latent)}
+        return Prior(
+            NetworkDenoiser(network.denoiser, latents), card=about, make_codec=latent.codec_maker(network, about)
+        )
     multiple, channels = int(network.multiple), len(about["channels"])
     make = complex_codec if channels == 2 else real_codec
     denoiser = learned.denoiser_of(network)
