@@ -144,15 +144,20 @@ def check(
     debug: Debug = False,
 ) -> None:
     """Denoise clean images at every noise level and judge the errors; exit code 3 if a check fails."""
-    from invdiff.priors import library, self_test
+    from invdiff.priors import latent, library, self_test
     from invdiff.priors.checks import check_denoiser
+    from invdiff.spaces import Space
 
     prior = library.load(name, check=False, **_declared(declared))
     if isinstance(prior.denoiser, library.NetworkDenoiser):
         slices = _drawn(prior.card) if samples is None else None
-        slices = _clean(samples, prior.denoiser.channels) if slices is None else slices
-        ny, nx = (n - n % prior.denoiser.multiple for n in slices.shape[-2:])
-        report = check_denoiser(prior, slices[..., :ny, :nx], seed=seed)
+        slices = _clean(samples, len(prior.card["channels"])) if slices is None else slices
+        if prior.card["format"] == latent.FORMAT:
+            prior = prior.bind(Space(tuple(slices.shape[1:])))
+        else:
+            ny, nx = (n - n % prior.denoiser.multiple for n in slices.shape[-2:])
+            slices = slices[..., :ny, :nx]
+        report = check_denoiser(prior, slices, seed=seed)
     elif samples is None and not self_test.is_natural(prior):
         raise InvdiffError(
             f"Nothing is known of the images of {name}; give clean ones of their kind with --samples."
@@ -185,12 +190,14 @@ def _drawn(card: Mapping[str, Any]) -> Tensor | None:
     import numpy as np
     import torch
 
+    from invdiff.training.latent import binned
     from invdiff.training.synthesisers import SYNTHESISERS
 
     data = card.get("recipe", {}).get("data")
     if data not in SYNTHESISERS or data == "brain":  # head slices are stored, and drawing them needs a template
         return None
-    images = [SYNTHESISERS[data].image(seed, held_out=True) for seed in range(16)]
+    side = card["training_data"].get("binning", 1)
+    images = [binned(SYNTHESISERS[data].image(seed, held_out=True), side) for seed in range(16)]
     ny, nx = (min(image.shape[axis] for image in images) for axis in (-2, -1))
     cut = [im[:, (im.shape[1] - ny) // 2 :, (im.shape[2] - nx) // 2 :][:, :ny, :nx] for im in images]
     return torch.from_numpy(np.asarray(cut, np.float32))

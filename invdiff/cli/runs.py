@@ -50,9 +50,12 @@ def check_prior(prior: Prior, problem: Problem) -> None:
     Raises:
         InvdiffError: Naming both.
     """
+    from invdiff.priors.latent import FORMAT
+
     image = problem.operator.domain
     needed = image.shape[0] * (2 if image.is_complex else 1)
-    have = prior.denoiser.channels
+    # Latents have other channels than their images.
+    have = len(prior.card["channels"]) if prior.card.get("format") == FORMAT else prior.denoiser.channels
     if prior.codec is None and have != needed:
         raise InvdiffError(
             f"Prior {prior.name} has {have} channel{'s' if have != 1 else ''}, and {needed} are needed for images "

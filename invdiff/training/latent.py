@@ -223,7 +223,7 @@ def binned(image: NDArray[Any], side: int) -> NDArray[Any]:
     ny, nx = (n // side for n in image.shape[1:])
     whole = image[:, : ny * side, : nx * side].astype(np.float32)
     means = whole.reshape(len(image), ny, side, nx, side).mean((2, 4))
-    return means.astype(image.dtype)
+    return means.astype(image.dtype) if side > 1 else image
 
 
 def _images(config: LatentConfig, report: Report) -> tuple[Images, Images]:
