@@ -38,6 +38,7 @@ class TrainConfig:
     images: int = _f(3000, "number of synthetic images")
     validation_images: int = _f(8, "held-out images for the denoising curve")
     normalise: str = _f("p99", "scale of file images: 'p99' (99th percentile of magnitude is 1) or 'none'")
+    slice_axis: int = _f(2, "axis along which NIfTI volumes are cut into slices: 0, 1 or 2")
     channels: int = _f(2, "1 for real images, 2 for complex ones")
     loss: str = _f("edm", "'edm' (denoising at every noise level alike) or 'flow' (flow matching: velocities)")
     backbone: str = _f("unet", "architecture: 'unet' (no attention, any size), 'adm', 'ddpmpp' or 'transformer'")
@@ -99,6 +100,8 @@ class TrainConfig:
         if self.sigma_max <= self.sigma_min:
             raise ValueError(f"sigma_max ({self.sigma_max}) must exceed sigma_min ({self.sigma_min}).")
         self._check_network()
+        if self.slice_axis not in (0, 1, 2):
+            raise ValueError(f"slice_axis must be 0, 1 or 2; got {self.slice_axis}.")
         if self.export_dtype not in ("float32", "float16"):
             raise ValueError(f"export_dtype must be 'float32' or 'float16'; got {self.export_dtype!r}.")
         if self.precision not in ("auto", "float32", "bfloat16"):

@@ -1,16 +1,11 @@
 """Training images: from files on disk, or from a synthesiser.
 
 Every source ends as a list of real float arrays ``(channels, ny, nx)``: one channel for real
-images, two (real and imaginary part) for complex ones. Nothing here executes what a file says:
-arrays are read with ``allow_pickle=False``, and HDF5 links and external storage are refused before
-they are followed.
+images, two (real and imaginary part) for complex ones.
 """
 
 from __future__ import annotations
 
-import math
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,15 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from invdiff.io.atomic import whole_file
+from invdiff.training.array_files import ARRAYS, LABEL, PICTURES, is_store, read_arrays, read_picture
+from invdiff.training.dicom import is_dicom, read_dicom
 from invdiff.training.synthesisers import SYNTHESISERS
 
 __all__ = ["read_images", "synthetic_images", "to_channels"]
 
 Images = list[NDArray[Any]]
-
-_PICTURES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
-# More than this many values in one training set would not fit a laptop's memory.
-_MAX_VALUES = 4_000_000_000
 
 
 def to_channels(image: NDArray[Any], channels: int, where: str = "image") -> NDArray[np.float32]:
@@ -76,123 +69,89 @@ def _stack(array: NDArray[Any], channels: int, where: str) -> Iterator[NDArray[n
         yield to_channels(image, channels, f"{where}, image {n}")
 
 
-def _read_npy(path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                return {"": loaded}
-            return {name: loaded[name] for name in loaded.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        if "pickle" in str(error) or "Object arrays" in str(error):
-            raise ValueError(
-                f"{path} holds Python objects, which are never unpickled: save plain numeric arrays."
-            ) from None
-        raise ValueError(f"{path} is not a readable NumPy file: {error}.") from None
-
-
-def _read_hdf5(path: Path) -> dict[str, NDArray[Any]]:
-    import h5py
-
-    found: dict[str, NDArray[Any]] = {}
-
-    def visit(group: Any, prefix: str) -> None:
-        for name in group:
-            link = group.get(name, getlink=True)
-            if not isinstance(link, h5py.HardLink):
-                raise ValueError(f"{path} has a link at {prefix}{name}; links are not followed: copy the data in.")
-            item = group[name]
-            if isinstance(item, h5py.Group):
-                # A hard link to an ancestor would never end.
-                if prefix.count("/") > 16:
-                    raise ValueError(f"{path} nests groups more than 16 deep; give a flat file.")
-                visit(item, f"{prefix}{name}/")
-            elif isinstance(item, h5py.Dataset) and item.ndim >= 2 and item.dtype.kind in "fiuc":
-                if item.external or item.is_virtual:
-                    raise ValueError(
-                        f"{path} keeps {prefix}{name} in other files, which are not opened: copy the data in."
-                    )
-                if item.size > _MAX_VALUES:
-                    raise ValueError(f"{path} declares {item.size} values at {prefix}{name}; split the file.")
-                found[prefix + name] = item[...]
-
-    try:
-        with h5py.File(path, "r") as file:
-            visit(file, "")
-    except OSError as error:
-        raise ValueError(f"{path} is not a readable HDF5 file: {error}.") from None
-    return found
-
-
-def _read_zarr(path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        import zarr
-    except ImportError:
-        raise ValueError("Reading Zarr needs the zarr package: pip install 'invdiff[zarr]'.") from None
-    try:
-        node: Any = zarr.open(str(path), mode="r")
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable Zarr store: {error}.") from None
-    members = [("", node)] if hasattr(node, "dtype") else list(node.members(max_depth=8))
-    found = {}
-    for name, item in members:
-        if not hasattr(item, "dtype") or item.ndim < 2 or np.dtype(item.dtype).kind not in "fiuc":
-            continue
-        if math.prod(item.shape) > _MAX_VALUES:
-            raise ValueError(f"{path} declares {math.prod(item.shape)} values at {name or '/'}; split the store.")
-        found[name] = np.asarray(item[...])
-    return found
-
-
-def _read_picture(path: Path) -> NDArray[Any]:
-    try:
-        from PIL import Image
-
-        with Image.open(path) as image:
-            # 16- and 32-bit greys keep their depth, everything else becomes 8-bit grey.
-            grey = image if image.mode in ("L", "I", "F", "I;16") else image.convert("L")
-            pixels = np.asarray(grey)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a readable picture: {error}.") from None
-    except OSError as error:
-        raise ValueError(f"{path} is not a readable picture: {error}.") from None
-    full = 255.0 if pixels.dtype == np.uint8 else 65535.0 if pixels.dtype.kind in "iu" else 1.0
-    return np.asarray(pixels, np.float32) / np.float32(full)
-
-
-def _read_one(path: Path, channels: int) -> Images:
+def _read_one(path: Path, channels: int, slice_axis: int) -> tuple[Images, list[int] | None]:
+    """Images of one file, and the class of each where the file has a list of them."""
     suffix = path.suffix.lower()
-    if suffix in _PICTURES:
-        return [to_channels(_read_picture(path), channels, str(path))]
-    if suffix in (".npy", ".npz"):
-        arrays = _read_npy(path)
-    elif suffix in (".h5", ".hdf5"):
-        arrays = _read_hdf5(path)
-    elif suffix == ".zarr" or (
-        path.is_dir() and any((path / n).exists() for n in ("zarr.json", ".zarray", ".zgroup"))
-    ):
-        arrays = _read_zarr(path)
-    else:
+    if suffix in PICTURES:
+        return [to_channels(read_picture(path), channels, str(path))], None
+    if path.name.lower().endswith((".nii", ".nii.gz")):
+        from invdiff.training.nifti import read_nifti
+
+        return [to_channels(x, channels, str(path)) for x in read_nifti(path, slice_axis)], None
+    arrays = read_arrays(path)
+    lists = {n: a for n, a in arrays.items() if a.ndim == 1 and n.rsplit("/", 1)[-1] == LABEL}
+    images, labels = [], []
+    for name, array in arrays.items():
+        if name in lists:
+            continue
+        found = list(_stack(array, channels, f"{path}{':' + name if name else ''}"))
+        images += found
+        labels.append((name, len(found)))
+    return images, _classes_of(path, lists, labels) if lists else None
+
+
+def _classes_of(path: Path, lists: dict[str, NDArray[Any]], stacks: list[tuple[str, int]]) -> list[int]:
+    """Class of every image, from the list in the group of each stack."""
+    out: list[int] = []
+    for name, count in stacks:
+        beside = lists.get(f"{name.rpartition('/')[0]}/{LABEL}".lstrip("/"))
+        if beside is None or len(beside) != count or beside.dtype.kind not in "iu":
+            raise ValueError(
+                f"{path} needs a list '{LABEL}' of {count} whole numbers beside {name or 'its images'}, one class "
+                "per image."
+            )
+        out += [int(v) for v in beside]
+    return out
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a folder that may hold images, by name; a file or a Zarr store alone."""
+    if not path.exists():
+        raise ValueError(f"There is no training data at {path}; give a file or a folder of images.")
+    if not path.is_dir() or is_store(path):
+        return [path]
+    known = PICTURES | ARRAYS
+    return sorted(
+        p
+        for p in path.iterdir()
+        if p.suffix.lower() in known or p.name.lower().endswith((".nii", ".nii.gz")) or is_dicom(p)
+    )
+
+
+def _read(path: Path, channels: int, normalise: str, slice_axis: int) -> tuple[Images, list[int] | None]:
+    """Images of a file or folder, and their classes where every file tells them."""
+    if normalise not in ("p99", "none"):
+        raise ValueError(f"normalise must be 'p99' or 'none'; got {normalise!r}.")
+    files = _files(path)
+    dicom = {p for p in files if is_dicom(p)}
+    images: Images = []
+    labels: list[int] | None = []
+    for file in files:
+        if file in dicom:
+            continue
+        found, classes = _read_one(file, channels, slice_axis)
+        images += found
+        labels = labels + classes if labels is not None and classes is not None else None
+    if dicom:
+        images += [to_channels(x, channels, where) for x, where in read_dicom(sorted(dicom))]
+        labels = None
+    if not images:
         raise ValueError(
-            f"{path} is of unknown kind '{suffix}'; "
-            "expected .npy, .npz, .h5, .hdf5, .zarr or a folder of pictures."
+            f"{path} holds no images of rank 2 or more; give .npy, .npz, HDF5, Zarr, NIfTI, DICOM or pictures."
         )
-    return [
-        image
-        for name, array in arrays.items()
-        for image in _stack(array, channels, f"{path}{':' + name if name else ''}")
-    ]
+    return ([_normalised(image) for image in images] if normalise == "p99" else images), labels
 
 
-def read_images(source: str | Path, channels: int, normalise: str = "p99") -> Images:
+def read_images(source: str | Path, channels: int, normalise: str = "p99", slice_axis: int = 2) -> Images:
     """Read every image below a path.
 
     Args:
-        source: a .npy, .npz, .h5, .hdf5 or .zarr file, a picture (.png, .jpg, .tif), or a folder
-            of such files (searched in name order, not recursively).
+        source: a .npy, .npz, .h5, .hdf5 or .zarr file, a NIfTI volume (.nii, .nii.gz), a DICOM file, a picture
+            (.png, .jpg, .tif), or a folder of such files (searched in name order, not recursively).
         channels: 2 for complex images, 1 for real ones.
         normalise: ``"p99"`` divides each image by the 99th percentile of its magnitude; ``"none"``
             leaves values as they are.
+        slice_axis: axis along which volumes of NIfTI are cut into slices.
 
     Returns:
         float32 arrays ``(channels, ny, nx)``, in file order.
@@ -200,21 +159,7 @@ def read_images(source: str | Path, channels: int, normalise: str = "p99") -> Im
     Raises:
         ValueError: the path is missing or empty, or a file cannot be used.
     """
-    path = Path(source)
-    if normalise not in ("p99", "none"):
-        raise ValueError(f"normalise must be 'p99' or 'none'; got {normalise!r}.")
-    if not path.exists():
-        raise ValueError(f"There is no training data at {path}; give a file or a folder of images.")
-    is_store = path.suffix == ".zarr" or (path / "zarr.json").exists() or (path / ".zgroup").exists()
-    if path.is_dir() and not is_store and not (path / ".zarray").exists():
-        known = _PICTURES | {".npy", ".npz", ".h5", ".hdf5", ".zarr"}
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in known)
-    else:
-        files = [path]
-    images = [image for file in files for image in _read_one(file, channels)]
-    if not images:
-        raise ValueError(f"{path} holds no images of rank 2 or more; give .npy, .npz, HDF5, Zarr or pictures.")
-    return [_normalised(image) for image in images] if normalise == "p99" else images
+    return _read(Path(source), channels, normalise, slice_axis)[0]
 
 
 def _normalised(image: NDArray[np.float32]) -> NDArray[np.float32]:

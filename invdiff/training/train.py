@@ -211,7 +211,7 @@ def _images(config: TrainConfig, report: Report) -> tuple[list[Any], list[Any]]:
         cache = config.cache or None
         held = synthetic_images(config.data, config.validation_images, held_out=True, cache=cache)
         return synthetic_images(config.data, config.images, cache=cache, notify=notify), held
-    images = read_images(config.data, config.channels, config.normalise)
+    images = read_images(config.data, config.channels, config.normalise, config.slice_axis)
     if len(images) < 2:
         raise ValueError(f"{config.data} holds {len(images)} image; at least 2 are needed, one to validate on.")
     held_count = min(config.validation_images, max(1, len(images) // 10))
