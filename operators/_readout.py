@@ -45,7 +45,7 @@ class ReadoutBlocks:
         maps = coil_maps.permute(0, 3, 1, 2)  # (1 or N, readout, coil, n)
         values, vectors = torch.linalg.eigh((maps.mH @ maps) * circulant[:, None])
         # Rounding leaves +-eps where the mask leaves a null space; those directions must keep z exactly.
-        return cut_small(values, n), vectors
+        return cut_small(values, n), vectors.contiguous()  # LAPACK's are stored by columns
 
     def prox(self, z: Tensor, back: Tensor, rho: Tensor) -> Tensor:
         """Return ``z + V (V^H A^H y - values V^H z) / (values + rho)`` for ``back = A^H y``."""
