@@ -24,7 +24,7 @@ if not (_root / "operators").is_dir():  # a checkout whose git could not make th
     __path__.append(str(_root.parent))
 
 if TYPE_CHECKING:
-    from invdiff import bridge, likelihoods, operators, priors, problems, reference, samplers, testing
+    from invdiff import bridge, likelihoods, operators, priors, problems, reference, samplers, testing, uq
     from invdiff.acquiring import acquire
     from invdiff.callbacks import Callback, StopWhen, Trace
     from invdiff.certifying import certify
@@ -56,7 +56,7 @@ _NAMES = {
     "Sampler": "sampler",
     "Space": "spaces",
 }
-_MODULES = ("bridge", "likelihoods", "operators", "priors", "problems", "reference", "samplers", "testing")
+_MODULES = ("bridge", "likelihoods", "operators", "priors", "problems", "reference", "samplers", "testing", "uq")
 
 
 def __getattr__(name: str) -> Any:
@@ -96,4 +96,5 @@ __all__ = [
     "samplers",
     "suggest",
     "testing",
+    "uq",
 ]
