@@ -179,10 +179,29 @@ def load(
         _hashed(path_of(name), sha256)
     if not _is_own(name):
         return build(name, samples=samples, check=check, **declared)
+    prior = _load(str(path_of(name)), check)
+    if "label" in declared and "classes" in prior.card:
+        prior = _of_class(prior, declared.pop("label"))
     if declared:
         raise InvdiffError(f"Prior {name} needs nothing declared; leave out {', '.join(declared)}.")
-    prior = _load(str(path_of(name)), check)
     return prior if samples is None else self_test(prior, samples, check)
+
+
+def _of_class(prior: Prior, label: int | str) -> Prior:
+    """Return a prior of the images of one class, named or counted from 0."""
+    import copy
+
+    classes = list(prior.card["classes"])
+    # A name wins, so that classes that are called by numbers are what they are called.
+    number = classes.index(str(label)) if str(label) in classes else label
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(classes):
+        raise InvdiffError(
+            f"Prior {prior.name} has the classes {', '.join(classes)}, and label is {label!r}; give one of these "
+            f"names, or a number from 0 to {len(classes) - 1}."
+        )
+    denoiser: Any = copy.copy(prior.denoiser)
+    denoiser.given = {**denoiser.given, "label": torch.tensor(number)}
+    return replace(prior, denoiser=denoiser, card={**prior.card, "name": f"{prior.name}, {classes[number]}"})
 
 
 def _hashed(path: Path, sha256: str | Mapping[str, str]) -> None:

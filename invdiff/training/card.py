@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def make(
     step: int,
     seconds: float,
     images: int,
+    classes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Assemble the card.
 
@@ -38,6 +40,7 @@ def make(
         step: optimiser steps taken.
         seconds: wall time of training.
         images: number of training images.
+        classes: names of the classes of a prior that has some.
 
     Returns:
         Plain dict, without the SHA-256 that :func:`write` adds.
@@ -59,6 +62,7 @@ def make(
         if synthetic or training["normalise"] == "p99"
         else {"statistic": "none", "value": 1.0}
     )
+    known = {"classes": list(classes), "no_class": len(classes)} if classes else {}
     return {
         "name": training["name"],
         "description": training["description"],
@@ -68,6 +72,7 @@ def make(
         "sigma_max": training["sigma_max"],
         "sigma_data": training["sigma_data"],
         "channels": ["real", "imag"] if network.channels == 2 else [f"c{n}" for n in range(network.channels)],
+        **known,
         "normalisation": normalisation,
         "scale_jitter": training["scale_jitter"],
         "training_data": data,

@@ -53,6 +53,8 @@ class TrainConfig:
     head_channels: int = _f(32, "features of one head of attention (adm, transformer)")
     patch: int = _f(4, "pixels along the side of one token (transformer)")
     embedding: int = _f(128, "width of the noise-level embedding")
+    condition: str = _f("", "'label' for a prior that takes the class of an image; empty for none")
+    condition_dropout: float = _f(0.1, "share of images shown without their class, for a prior without one")
     sigma_data: float = _f(0.25, "standard deviation of the images per channel")
     sigma_min: float = _f(0.002, "smallest noise level of the prior")
     sigma_max: float = _f(80.0, "largest noise level of the prior")
@@ -92,7 +94,14 @@ class TrainConfig:
             value = getattr(self, key)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{key} must be positive; got {value}.")
-        for key in ("uniform_fraction", "late_fraction", "decay_fraction", "ema", "scale_jitter"):
+        for key in (
+            "uniform_fraction",
+            "late_fraction",
+            "decay_fraction",
+            "ema",
+            "scale_jitter",
+            "condition_dropout",
+        ):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"{key} must lie between 0 and 1; got {getattr(self, key)}.")
         if self.ema == 1 or self.scale_jitter == 1:
@@ -102,6 +111,8 @@ class TrainConfig:
         self._check_network()
         if self.slice_axis not in (0, 1, 2):
             raise ValueError(f"slice_axis must be 0, 1 or 2; got {self.slice_axis}.")
+        if self.condition not in ("", "label"):
+            raise ValueError(f"condition must be 'label' or empty; got {self.condition!r}.")
         if self.export_dtype not in ("float32", "float16"):
             raise ValueError(f"export_dtype must be 'float32' or 'float16'; got {self.export_dtype!r}.")
         if self.precision not in ("auto", "float32", "bfloat16"):

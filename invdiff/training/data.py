@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from invdiff.io.atomic import whole_file
 from invdiff.training.array_files import ARRAYS, LABEL, PICTURES, is_store, read_arrays, read_picture
 from invdiff.training.dicom import is_dicom, read_dicom
+from invdiff.training.nifti import read_nifti
 from invdiff.training.synthesisers import SYNTHESISERS
 
-__all__ = ["read_images", "synthetic_images", "to_channels"]
+__all__ = ["class_folders", "read_images", "read_labelled", "synthetic_images", "to_channels"]
 
 Images = list[NDArray[Any]]
 
@@ -69,39 +70,42 @@ def _stack(array: NDArray[Any], channels: int, where: str) -> Iterator[NDArray[n
         yield to_channels(image, channels, f"{where}, image {n}")
 
 
-def _read_one(path: Path, channels: int, slice_axis: int) -> tuple[Images, list[int] | None]:
-    """Images of one file, and the class of each where the file has a list of them."""
+def _read_one(path: Path, channels: int, slice_axis: int, labelled: bool) -> tuple[Images, list[int]]:
+    """Images of one file, and the class of each where that is asked for."""
     suffix = path.suffix.lower()
+    volume = path.name.lower().endswith((".nii", ".nii.gz"))
+    if labelled and (volume or suffix in PICTURES):
+        raise ValueError(
+            f"{path} says no class; put the images of every class into a sub-folder of its name, or use .npz or "
+            f"HDF5 with a list '{LABEL}' beside the images."
+        )
     if suffix in PICTURES:
-        return [to_channels(read_picture(path), channels, str(path))], None
-    if path.name.lower().endswith((".nii", ".nii.gz")):
-        from invdiff.training.nifti import read_nifti
-
-        return [to_channels(x, channels, str(path)) for x in read_nifti(path, slice_axis)], None
+        return [to_channels(read_picture(path), channels, str(path))], []
+    if volume:
+        return [to_channels(x, channels, str(path)) for x in read_nifti(path, slice_axis)], []
     arrays = read_arrays(path)
     lists = {n: a for n, a in arrays.items() if a.ndim == 1 and n.rsplit("/", 1)[-1] == LABEL}
-    images, labels = [], []
+    images: Images = []
+    labels: list[int] = []
     for name, array in arrays.items():
         if name in lists:
             continue
         found = list(_stack(array, channels, f"{path}{':' + name if name else ''}"))
         images += found
-        labels.append((name, len(found)))
-    return images, _classes_of(path, lists, labels) if lists else None
+        if labelled:
+            labels += _classes(path, name, lists, len(found))
+    return images, labels
 
 
-def _classes_of(path: Path, lists: dict[str, NDArray[Any]], stacks: list[tuple[str, int]]) -> list[int]:
-    """Class of every image, from the list in the group of each stack."""
-    out: list[int] = []
-    for name, count in stacks:
-        beside = lists.get(f"{name.rpartition('/')[0]}/{LABEL}".lstrip("/"))
-        if beside is None or len(beside) != count or beside.dtype.kind not in "iu":
-            raise ValueError(
-                f"{path} needs a list '{LABEL}' of {count} whole numbers beside {name or 'its images'}, one class "
-                "per image."
-            )
-        out += [int(v) for v in beside]
-    return out
+def _classes(path: Path, name: str, lists: dict[str, NDArray[Any]], count: int) -> list[int]:
+    """Classes of the images of one array, from the list in its group."""
+    beside = lists.get(f"{name.rpartition('/')[0]}/{LABEL}".lstrip("/"))
+    if beside is None or len(beside) != count or beside.dtype.kind not in "iu":
+        raise ValueError(
+            f"{path} needs a list '{LABEL}' of {count} whole numbers beside {name or 'its images'}, one class per "
+            "image."
+        )
+    return [int(v) for v in beside]
 
 
 def _files(path: Path) -> list[Path]:
@@ -118,23 +122,25 @@ def _files(path: Path) -> list[Path]:
     )
 
 
-def _read(path: Path, channels: int, normalise: str, slice_axis: int) -> tuple[Images, list[int] | None]:
-    """Images of a file or folder, and their classes where every file tells them."""
+def _read(
+    path: Path, channels: int, normalise: str, slice_axis: int, labelled: bool = False
+) -> tuple[Images, list[int]]:
+    """Images of a file or folder, and their classes where these are asked for."""
     if normalise not in ("p99", "none"):
         raise ValueError(f"normalise must be 'p99' or 'none'; got {normalise!r}.")
     files = _files(path)
     dicom = {p for p in files if is_dicom(p)}
     images: Images = []
-    labels: list[int] | None = []
+    labels: list[int] = []
     for file in files:
-        if file in dicom:
-            continue
-        found, classes = _read_one(file, channels, slice_axis)
-        images += found
-        labels = labels + classes if labels is not None and classes is not None else None
-    if dicom:
-        images += [to_channels(x, channels, where) for x, where in read_dicom(sorted(dicom))]
-        labels = None
+        if file not in dicom:
+            found, classes = _read_one(file, channels, slice_axis, labelled)
+            images, labels = images + found, labels + classes
+    if labelled and dicom:
+        raise ValueError(
+            f"{path} holds DICOM files, which say no class; put those of every class into a sub-folder."
+        )
+    images += [to_channels(x, channels, where) for x, where in read_dicom(sorted(dicom))] if dicom else []
     if not images:
         raise ValueError(
             f"{path} holds no images of rank 2 or more; give .npy, .npz, HDF5, Zarr, NIfTI, DICOM or pictures."
@@ -160,6 +166,52 @@ def read_images(source: str | Path, channels: int, normalise: str = "p99", slice
         ValueError: the path is missing or empty, or a file cannot be used.
     """
     return _read(Path(source), channels, normalise, slice_axis)[0]
+
+
+def read_labelled(
+    source: str | Path, channels: int, normalise: str = "p99", slice_axis: int = 2
+) -> tuple[Images, list[int], list[str]]:
+    """Read images and their classes: of sub-folders, one per class, or of arrays with a list ``label`` beside.
+
+    Args:
+        source: as for `read_images`.
+        channels: as for `read_images`.
+        normalise: as for `read_images`.
+        slice_axis: as for `read_images`.
+
+    Returns:
+        Images; the class of each, counted from 0; and the names of the classes, in order: of the sub-folders, or
+        the numbers that occur in the lists.
+
+    Raises:
+        ValueError: as for `read_images`, or an image has no class.
+    """
+    path = Path(source)
+    folders = class_folders(path)
+    if not folders:
+        images, found = _read(path, channels, normalise, slice_axis, labelled=True)
+        values = sorted(set(found))
+        return images, [values.index(v) for v in found], [str(v) for v in values]
+    images, labels = [], []
+    for n, folder in enumerate(folders):
+        found_here = _read(folder, channels, normalise, slice_axis)[0]
+        images += found_here
+        labels += [n] * len(found_here)
+    return images, labels, [f.name for f in folders]
+
+
+def class_folders(path: Path) -> list[Path]:
+    """Sub-folders of a folder of images by name, one per class; none for files and Zarr stores.
+
+    Raises:
+        ValueError: images lie beside the sub-folders.
+    """
+    if not path.is_dir() or is_store(path):
+        return []
+    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".") and not is_store(p))
+    if folders and (beside := [p for p in _files(path) if p not in folders]):
+        raise ValueError(f"{beside[0]} lies beside the sub-folders of the classes; move it into one of them.")
+    return folders
 
 
 def _normalised(image: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,16 +13,17 @@ from torch import Tensor
 from invdiff.io.atomic import whole_file
 from invdiff.networks import BACKBONES, EDMUNet, TrainedNetwork
 from invdiff.priors.learned import Network, denoiser_of
+from invdiff.training.batches import Batch
 from invdiff.training.config import TrainConfig
 
 #: Settings that fix the network; a checkpoint belongs to one choice of them.
-_NETWORK = ("channels", "loss", "backbone", "widths", "blocks", "embedding", "sigma_data")
+_NETWORK = ("channels", "loss", "backbone", "widths", "blocks", "embedding", "sigma_data", "condition")
 
 
-def make_network(config: TrainConfig) -> Network:
+def make_network(config: TrainConfig, classes: int = 0) -> Network:
     """Return an untrained network; the default loss and backbone make an `EDMUNet`, the denoiser itself."""
     sizes = (config.channels, config.widths, config.blocks, config.embedding, config.sigma_data)
-    if config.loss == "edm" and config.backbone == "unet":
+    if config.loss == "edm" and config.backbone == "unet" and not classes:
         return EDMUNet(*sizes)
     return TrainedNetwork(
         backbone=config.backbone,
@@ -34,6 +36,7 @@ def make_network(config: TrainConfig) -> Network:
         sigma_data=config.sigma_data,
         sigma_min=config.sigma_min,
         sigma_max=config.sigma_max,
+        classes=classes,
         **{name: getattr(config, name) for name in BACKBONES[config.backbone]},
     )
 
@@ -62,12 +65,19 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 class TrainState:
-    """Network, averaged weights and optimiser, which are saved and restored as one file."""
+    """Network, averaged weights and optimiser, which are saved and restored as one file.
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+    Args:
+        config: Settings.
+        device: Where to train.
+        classes: Names of the classes, for a prior with classes.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device, classes: Sequence[str] = ()) -> None:
+        self.classes = tuple(classes)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
-            self.network = make_network(config).to(device)
+            self.network = make_network(config, len(classes)).to(device)
         self.denoise = denoiser_of(self.network)
         self.average = {k: v.detach().clone() for k, v in self.network.named_parameters()}
         self.optimiser = torch.optim.Adam(
@@ -88,10 +98,9 @@ class TrainState:
             tensors[f"average.{name}"] = self.average[name]
             for key, value in self.optimiser.state.get(parameter, {}).items():
                 tensors[f"optimiser.{key}.{name}"] = value
-        metadata = {
-            "format": "invdiff-training/1",
-            "state": json.dumps({"step": self.step, "seconds": self.seconds, "config": self.config.to_dict()}),
-        }
+        about = {"step": self.step, "seconds": self.seconds, "config": self.config.to_dict()}
+        about |= {"classes": list(self.classes)}
+        metadata = {"format": "invdiff-training/1", "state": json.dumps(about)}
         with whole_file(path) as temporary:
             save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
 
@@ -123,6 +132,11 @@ class TrainState:
                 raise ValueError(
                     f"{path} was trained with {key} = {trained}, not {asked[key]}; choose another output folder."
                 )
+        if (trained := state.get("classes", [])) != list(self.classes):
+            raise ValueError(
+                f"{path} was trained with the classes {trained}, not {list(self.classes)}; choose another output "
+                "folder."
+            )
         self._restore(tensors)
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
 
@@ -144,19 +158,23 @@ class TrainState:
     def averaged(self) -> Network:
         """Copy of the network with averaged weights, for validation and export."""
         with torch.random.fork_rng(devices=[]):
-            out = make_network(self.config).to(self.device)
+            out = make_network(self.config, len(self.classes)).to(self.device)
         out.load_state_dict({**out.state_dict(), **self.average}, strict=True)
         return out.eval()
 
-    def update(self, batch: tuple[Tensor, Tensor, Tensor]) -> float:
+    def update(self, batch: Batch) -> float:
         """One optimiser step; returns the weighted loss per value."""
         config = self.config
-        clean, sigma, noise = (t.to(self.device, non_blocking=True) for t in batch)
+        clean, sigma, noise = (t.to(self.device, non_blocking=True) for t in batch[:3])
         noisy = clean + sigma[:, None, None, None] * noise
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             # A level on the host costs a parametrised network no wait for the device.
-            level = sigma if isinstance(self.network, EDMUNet) else batch[1]
-            denoised = self.denoise(noisy, level)
+            if isinstance(self.network, EDMUNet):
+                denoised = self.denoise(noisy, sigma)
+            else:
+                denoised = self.denoise(
+                    noisy, batch.sigma, None if batch.label is None else {"label": batch.label}
+                )
         weight = loss_weight(config, sigma)
         loss = (weight[:, None, None, None] * (denoised.float() - clean).square()).mean()
         for group in self.optimiser.param_groups:

@@ -23,18 +23,26 @@ class Synthesiser:
             ``(ny, nx)``.
         channels: Real channels of an image; 2 for complex ones.
         limits: Sentences for the card: what the prior is not good for.
+        classes: Names of the classes of its images, where they have some.
+        label: ``(seed, held_out=) -> class``, counted from 0.
     """
 
     module: str
     function: str
     channels: int
     limits: tuple[str, ...]
+    classes: tuple[str, ...] = ()
+    label: str = ""
 
     def image(self, seed: int, held_out: bool = False) -> NDArray[Any]:
         """Return one image, ``(channels, ny, nx)``."""
         draw: Callable[..., NDArray[Any]] = getattr(import_module(self.module), self.function)
         x = draw(seed, held_out=held_out)
         return np.stack([x.real, x.imag]) if x.dtype.kind == "c" else x.reshape(self.channels, *x.shape[-2:])
+
+    def class_of(self, seed: int, held_out: bool = False) -> int:
+        """Return the class of the image of this seed, an index into ``classes``."""
+        return getattr(import_module(self.module), self.label)(seed, held_out=held_out)
 
     def describe(self) -> dict[str, Any]:
         """Return facts for a card."""
@@ -77,6 +85,8 @@ SYNTHESISERS = {
         "digit_image",
         1,
         ("For teaching: one upright digit from 0 to 9 on 32 x 32 pixels, drawn from strokes.",),
+        tuple("0123456789"),
+        "digit_of",
     ),
     "vorticity": Synthesiser(
         "invdiff.training.synthetic_vorticity",

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import interpolate, ndimage
 
-__all__ = ["digit_image"]
+__all__ = ["digit_image", "digit_of"]
 
 Array = NDArray[np.float32]
 _TRAINING_KEY, _HELD_OUT_KEY = 0x64697472, 0x64696865
@@ -67,7 +67,7 @@ def digit_image(seed: int, size: int = 32, *, held_out: bool = False, digit: int
         raise ValueError(f"seed must be a non-negative integer; got {seed!r}.")
     if size < 16:
         raise ValueError(f"size must be at least 16 pixels; got {size}.")
-    rng = np.random.default_rng([int(seed), _HELD_OUT_KEY if held_out else _TRAINING_KEY])
+    rng = _generator(seed, held_out)
     drawn = int(rng.integers(10))
     if digit not in (None, *range(10)):
         raise ValueError(f"digit must be 0 to 9; got {digit!r}.")
@@ -92,6 +92,15 @@ def digit_image(seed: int, size: int = 32, *, held_out: bool = False, digit: int
             nearest = np.minimum(nearest, np.hypot(u - a, v - b))
     ink = np.clip(0.5 + (pen - nearest) * size / 1.5, 0, 1)
     return np.asarray(ndimage.gaussian_filter(ink, rng.uniform(0.2, 0.6)), np.float32)
+
+
+def digit_of(seed: int, *, held_out: bool = False) -> int:
+    """Return which digit `digit_image` draws for a seed."""
+    return int(_generator(seed, held_out).integers(10))
+
+
+def _generator(seed: int, held_out: bool) -> np.random.Generator:
+    return np.random.default_rng([int(seed), _HELD_OUT_KEY if held_out else _TRAINING_KEY])
 
 
 def describe() -> dict[str, Any]:

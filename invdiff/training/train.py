@@ -20,27 +20,22 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 
 from invdiff.io.atomic import whole_file
 from invdiff.training import card as cards
 from invdiff.training.batches import Batches
 from invdiff.training.config import TrainConfig
-from invdiff.training.data import read_images, synthetic_images
+from invdiff.training.source import Images, Report, Source
 from invdiff.training.state import TrainState, learning_rate
-from invdiff.training.synthesisers import SYNTHESISERS
 from invdiff.training.validation import denoising_curve, plot_curve
 
 __all__ = ["TrainResult", "train"]
-
-#: Called with a dict whose ``event`` says what happened.
-Report = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -92,13 +87,15 @@ def train(
     if config.threads > 0:
         torch.set_num_threads(config.threads)
     try:
-        state = TrainState(config, device)
+        source = Source(config, report)
+        state = TrainState(config, device, source.classes)
         run = _Run(config, state, Path(config.output), report)
         if resume and run.checkpoint.exists():
             state.load(run.checkpoint)
-        training, held_out = _images(config, report)
+        training, held_out = source.split()
+        batches = Batches(training.images, config, training.labels, len(source.classes))
         with _stop_flag() as stop:
-            return run.loop(Batches(training, config), held_out, stop, stop_at)
+            return run.loop(batches, held_out, stop, stop_at)
     finally:
         torch.set_num_threads(threads)
 
@@ -117,9 +114,7 @@ class _Run:
         """File of everything a resumed run needs."""
         return self.output / "checkpoint.safetensors"
 
-    def loop(
-        self, source: Batches, held_out: list[NDArray[Any]], stop: threading.Event, stop_at: int | None
-    ) -> TrainResult:
+    def loop(self, source: Batches, held_out: Images, stop: threading.Event, stop_at: int | None) -> TrainResult:
         """Take steps to the last one, or until told to stop."""
         config, state = self.config, self.state
         self.output.mkdir(parents=True, exist_ok=True)
@@ -158,19 +153,19 @@ class _Run:
             }
         )
 
-    def _export(self, held_out: list[NDArray[Any]], images: int) -> TrainResult:
+    def _export(self, held_out: Images, images: int) -> TrainResult:
         """Validate the averaged weights as they will be stored, and write weights, card and curve."""
         config, state = self.config, self.state
         network = state.averaged()
         dtype = getattr(torch, config.export_dtype)
         stored = {k: v.to(dtype).cpu().contiguous() for k, v in network.state_dict().items()}
         network.load_state_dict(stored, strict=True)
-        curve = denoising_curve(network, held_out)
+        curve = denoising_curve(network, held_out.images, labels=held_out.labels)
         self.report({"event": "validated", "step": state.step, "curve": curve})
         weights, card = cards.write(
             self.output / f"{config.name}.safetensors",
             stored,
-            cards.make(config.to_dict(), network, curve, state.step, state.seconds, images),
+            cards.make(config.to_dict(), network, curve, state.step, state.seconds, images, state.classes),
         )
         with whole_file(self.output / f"{config.name}_denoising.json") as temporary:
             temporary.write_text(json.dumps({"step": state.step, **curve}, indent=1) + "\n", encoding="utf-8")
@@ -192,30 +187,6 @@ def _stop_flag() -> Iterator[threading.Event]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _images(config: TrainConfig, report: Report) -> tuple[list[Any], list[Any]]:
-    """Training and held-out images."""
-    if config.data in SYNTHESISERS:
-        channels = SYNTHESISERS[config.data].channels
-        if config.channels != channels:
-            raise ValueError(
-                f"The synthesiser {config.data!r} makes images of {channels} real channel(s): channels must be "
-                f"{channels}, not {config.channels}."
-            )
-
-        def notify(done: int, count: int) -> None:
-            if done % 50 == 0 or done == count:
-                report({"event": "images", "done": done, "count": count})
-
-        cache = config.cache or None
-        held = synthetic_images(config.data, config.validation_images, held_out=True, cache=cache)
-        return synthetic_images(config.data, config.images, cache=cache, notify=notify), held
-    images = read_images(config.data, config.channels, config.normalise, config.slice_axis)
-    if len(images) < 2:
-        raise ValueError(f"{config.data} holds {len(images)} image; at least 2 are needed, one to validate on.")
-    held_count = min(config.validation_images, max(1, len(images) // 10))
-    return images[:-held_count], images[-held_count:]
 
 
 def _device(config: TrainConfig) -> torch.device:

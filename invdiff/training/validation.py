@@ -28,6 +28,7 @@ def denoising_curve(
     images: list[NDArray[Any]],
     sigmas: tuple[float, ...] = SIGMA_GRID,
     seed: int = 0,
+    labels: list[int] | None = None,
 ) -> dict[str, Any]:
     """Error of the denoiser on whole images against the noise level.
 
@@ -38,32 +39,38 @@ def denoising_curve(
         images: real ``(channels, ny, nx)`` arrays; padded with zeros as needed.
         sigmas: noise levels, in the units of the images.
         seed: of the noise.
+        labels: class of every image, for a network with classes.
 
     Returns:
-        Lists ``sigma``, ``rmse`` (per real component) and ``relative`` (rmse / sigma).
+        Lists ``sigma``, ``rmse`` (per real component) and ``relative`` (rmse / sigma); for a network with classes,
+        which is told them, ``rmse_no_class`` is what it makes of the same images untold.
     """
     parameter = next(network.parameters())
     denoise = denoiser_of(network)
-    total = np.zeros(len(sigmas))
+    total = np.zeros((2, len(sigmas)))
     count = 0
     for index, image in enumerate(images):
         padded = torch.from_numpy(_pad(image, network.multiple))
         rng = np.random.default_rng([seed, 2, index])
         count += image.size
         ny, nx = image.shape[1:]
+        told = [{}, {"label": torch.tensor(labels[index])}] if labels is not None else [{}]
         for n, sigma in enumerate(sigmas):
             noise = torch.from_numpy(rng.standard_normal(padded.shape, dtype=np.float32))
             noisy = (padded + sigma * noise)[None].to(parameter.device, parameter.dtype)
             level = torch.full((1,), sigma, device=parameter.device, dtype=parameter.dtype)
-            error = denoise(noisy, level)[0].float().cpu() - padded
-            total[n] += float(error[:, :ny, :nx].double().square().sum())
-    rmse = np.sqrt(total / max(count, 1))
-    return {
+            for k, cond in enumerate(told):
+                error = denoise(noisy, level, **({"cond": cond} if cond else {}))[0].float().cpu() - padded
+                total[k, n] += float(error[:, :ny, :nx].double().square().sum())
+    untold, rmse = np.sqrt(total / max(count, 1))
+    untold, rmse = (untold, rmse) if labels is not None else (None, untold)
+    curve = {
         "sigma": [float(s) for s in sigmas],
         "rmse": [float(f"{r:.5g}") for r in rmse],
         "relative": [float(f"{r / s:.4g}") for r, s in zip(rmse, sigmas)],
         "images": len(images),
     }
+    return curve if untold is None else {**curve, "rmse_no_class": [float(f"{r:.5g}") for r in untold]}
 
 
 def plot_curve(curve: dict[str, Any], path: Path) -> None:

@@ -53,7 +53,7 @@ def recipe(folder: Path, **changes: object) -> TrainConfig:
         "sigma_min": 0.01,
         "sigma_max": 20.0,
         "p_mean": -0.5,
-        "steps": 500,
+        "steps": 250,
         "batch": 32,
         "crop": SIZE,
         "late_fraction": 0.0,
@@ -92,8 +92,8 @@ def errors(folder: Path, loss: str) -> dict[float, float]:
 
 @pytest.mark.parametrize("loss", ["edm", "flow"])
 def test_a_trained_prior_denoises_like_the_exact_one(folder: Path, loss: str) -> None:
-    # Measured 1.006 to 1.027; an untrained network is the Wiener estimate for white data, at 1.3 to 2.4.
-    assert max(errors(folder, loss).values()) < 1.06
+    # Measured 1.007 to 1.043; a network that takes the pixels for independent has 1.09, 1.28, 1.20, 1.04.
+    assert max(errors(folder, loss).values()) < 1.07
 
 
 def test_the_card_of_a_flow(folder: Path) -> None:
@@ -120,12 +120,13 @@ def test_the_loss_of_a_flow_is_that_of_its_velocity(folder: Path) -> None:
     state = TrainState(recipe(folder, loss="flow"), torch.device("cpu"))
     for parameter in state.network.parameters():
         parameter.data.add_(0.05)
-    clean, sigma, noise = Batches(list(field(50, 0)[:, None]), state.config).batch(0)[:3]
+    batch = Batches(list(field(50, 0)[:, None]), state.config).batch(0)
+    clean, sigma, noise, _ = batch
     t = sigma / (1 + sigma)
     share = t[:, None, None, None]
     velocity = state.network((1 - share) * clean + share * noise, t)
     expected = (velocity - (noise - clean)).square().mean()
-    assert state.update((clean, sigma, noise)) == pytest.approx(expected.item(), rel=1e-4)
+    assert state.update(batch) == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_the_default_update_is_weighted_denoising_by_adam(folder: Path) -> None:
@@ -136,14 +137,15 @@ def test_the_default_update_is_weighted_denoising_by_adam(folder: Path) -> None:
         twin = EDMUNet(1, (24, 32), 1, 32, 0.5)
     twin.load_state_dict(state.network.state_dict())
     optimiser = torch.optim.Adam(twin.parameters(), lr=3e-3 / 20, betas=(0.9, 0.99), foreach=True)
-    clean, sigma, noise = Batches(list(field(50, 0)[:, None]), config).batch(0)[:3]
+    batch = Batches(list(field(50, 0)[:, None]), config).batch(0)
+    clean, sigma, noise, _ = batch
     denoised = twin(clean + sigma[:, None, None, None] * noise, sigma)
     weight = (sigma**2 + 0.5**2) / (sigma * 0.5) ** 2
     loss = (weight[:, None, None, None] * (denoised - clean).square()).mean()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(twin.parameters(), config.clip)
     optimiser.step()
-    assert state.update((clean, sigma, noise)) == loss.item()
+    assert state.update(batch) == loss.item()
     assert all(torch.equal(a, b) for a, b in zip(twin.state_dict().values(), state.network.state_dict().values()))
 
 
