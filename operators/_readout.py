@@ -7,6 +7,7 @@ cancels in ``A^H A``. What is left at readout position ``r`` couples only the ot
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,18 +48,23 @@ class ReadoutBlocks:
         # Rounding leaves +-eps where the mask leaves a null space; those directions must keep z exactly.
         return cut_small(values, n), vectors.contiguous()  # LAPACK's are stored by columns
 
-    def prox(self, z: Tensor, back: Tensor, rho: Tensor) -> Tensor:
-        """Return ``z + V (V^H A^H y - values V^H z) / (values + rho)`` for ``back = A^H y``."""
-        weight, values = self._pull(rho)
-        return z + self._filtered([back, z], [weight, -weight * values])
+    def analyse(self, x: Tensor) -> Tensor:
+        """Return ``V^H x``, ``(B, 1, y, x) -> (B, readout, n)``."""
+        lines = x[:, 0] if self.axis == -2 else x[:, 0].mT
+        return self._by_case(lambda vectors, lines: _coefficients(vectors, lines[None])[0], lines)
 
-    def conditional(self, z: Tensor, back: Tensor, sigma: Tensor, tau: Tensor, noise: Tensor) -> Tensor:
+    def prox(self, z: Tensor, seen: Tensor, rho: Tensor) -> Tensor:
+        """Return ``z + V (seen - values V^H z) / (values + rho)`` for ``seen = V^H A^H y``."""
+        weight, values = self._pull(rho)
+        return z + self._filtered(weight * seen, [z], [-weight * values])
+
+    def conditional(self, z: Tensor, seen: Tensor, sigma: Tensor, tau: Tensor, noise: Tensor) -> Tensor:
         """Return the prox at ``rho = sigma^2 / tau^2`` plus ``V (values/sigma^2 + 1/tau^2)^(-1/2) V^H noise``."""
         weight, values = self._pull((torch.as_tensor(sigma) / torch.as_tensor(tau)) ** 2)
         sigma, tau = per_row(sigma, values), per_row(tau, values)
-        seen = values > 0
-        width = torch.where(seen, over(sigma * tau, (values * tau**2 + sigma**2).sqrt(), seen), tau)
-        return z + self._filtered([back, z, noise], [weight, -weight * values, width])
+        there = values > 0
+        width = torch.where(there, over(sigma * tau, (values * tau**2 + sigma**2).sqrt(), there), tau)
+        return z + self._filtered(weight * seen, [z, noise], [-weight * values, width])
 
     def _pull(self, rho: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``1 / (values + rho)``, zero where nothing is seen, and the values, of all rows or of the one."""
@@ -67,35 +73,50 @@ class ReadoutBlocks:
             values = values[self.index.to(values.device)]
         return over(torch.ones_like(values), values + per_row(rho, values), values > 0), values
 
-    def _filtered(self, images: list[Tensor], gains: list[Tensor]) -> Tensor:
-        """Return ``sum_k V (gains_k V^H images_k)``, case by case, so that draws of one case share its factors."""
-        lines = torch.stack(images)[:, :, 0]  # (K, B, y, x)
+    def _filtered(self, start: Tensor, images: list[Tensor], gains: list[Tensor]) -> Tensor:
+        """Return ``V (start + sum_k gains_k V^H images_k)``, ``(B, 1, y, x)``."""
+        lines = torch.stack(images, 1)[:, :, 0]  # (B, K, y, x)
         lines = lines if self.axis == -2 else lines.mT
-        gain = torch.stack(torch.broadcast_tensors(*gains)).to(lines.real).expand(lines.shape)
-        out = torch.empty_like(lines[0])
-        if len(self.vectors) == 1:
-            out = _filtered(self.vectors[0], lines, gain)
-        else:
-            cases = torch.arange(len(self.vectors)) if self.index is None else self.index.cpu()
-            parts = [
-                (case, torch.nonzero(cases == case)[:, 0].to(lines.device)) for case in cases.unique().tolist()
-            ]
-            for case, rows in parts:
-                out = out.index_copy(0, rows, _filtered(self.vectors[case], lines[:, rows], gain[:, rows]))
+        gain = torch.stack(torch.broadcast_tensors(*gains), 1).to(lines.real).expand(lines.shape)
+        out = self._by_case(_filtered, start, lines, gain)
         return (out if self.axis == -2 else out.mT)[:, None]
 
+    def _by_case(self, work: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+        """Call ``work(V of a case, rows of the case ...)``, so that draws of one case share its factors."""
+        if len(self.vectors) == 1:
+            return work(self.vectors[0], *rows)
+        cases = torch.arange(len(self.vectors)) if self.index is None else self.index.cpu()
+        out = torch.empty_like(rows[0])
+        for case in cases.unique().tolist():
+            which = torch.nonzero(cases == case)[:, 0].to(out.device)
+            out = out.index_copy(0, which, work(self.vectors[case], *(r[which] for r in rows)))
+        return out
 
-def _filtered(vectors: Tensor, lines: Tensor, gains: Tensor) -> Tensor:
-    """Return ``sum_k V_r (gains_k V_r^H lines_k)``, ``(K, B, readout, n) -> (B, readout, n)``."""
-    wanted = torch.is_grad_enabled() and (lines.requires_grad or vectors.requires_grad or gains.requires_grad)
-    if not wanted and lines.shape[1] <= _FEW and is_compiled(lines.device):
+
+def _filtered(vectors: Tensor, start: Tensor, lines: Tensor, gains: Tensor) -> Tensor:
+    """Return ``V_r (start + sum_k gains_k V_r^H lines_k)``, ``(B, readout, n)``.
+
+    Args:
+        vectors: ``(readout, n, n)``.
+        start: ``(B, readout, n)``.
+        lines: ``(B, K, readout, n)``.
+        gains: The same.
+    """
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (vectors, start, lines, gains))
+    if not wanted and len(start) <= _FEW and is_compiled(lines.device):
         from invdiff.operators._readout_compiled import filtered
 
-        return filtered(vectors, lines, gains)
-    columns = lines.flatten(0, 1).permute(1, 2, 0)  # the rows are columns of one product
+        return filtered(vectors, start, lines, gains)
+    total = start + (gains * _coefficients(vectors, lines)).sum(1)
+    return (vectors @ total.permute(1, 2, 0)).permute(2, 0, 1)
+
+
+def _coefficients(vectors: Tensor, lines: Tensor) -> Tensor:
+    """Return ``V_r^H lines``, ``(B, K, readout, n)``, with all rows as columns of one product."""
+    columns = lines.flatten(0, 1).permute(1, 2, 0)
     # V^H x = conj(V^T conj(x)): the product with a conjugated matrix would copy the matrix
-    seen = (vectors.mT @ columns.conj().resolve_conj()).conj().permute(2, 0, 1).unflatten(0, lines.shape[:2])
-    return (vectors @ (gains * seen).sum(0).permute(1, 2, 0)).permute(2, 0, 1)
+    seen = (vectors.mT @ columns.conj().resolve_conj()).conj().permute(2, 0, 1)
+    return seen.unflatten(0, lines.shape[:2]).resolve_conj()
 
 
 #: Rows up to which the compiled loops are faster than torch's products (measured: 3 times for one row at

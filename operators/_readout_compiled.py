@@ -1,4 +1,4 @@
-"""Compiled sum of filters ``V (g_1 V^H x_1 + g_2 V^H x_2 + ...)`` of a few rows, which reads every matrix once.
+"""Compiled sum of filters ``V (start + g_1 V^H x_1 + ...)`` of a few rows, which reads every matrix once.
 
 Imported only where numba is there. Complex numbers lie as pairs of reals, and every product of a matrix and a
 complex number is two products with reals, which vectorise; the turn of the pairs is put off to vectors. Positions
@@ -20,15 +20,15 @@ Array: TypeAlias = np.ndarray
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def _filter(matrices: Array, x: Array, gains: Array, out: Array, first: int, last: int) -> None:
-    """``matrices (R, n, 2n)``, ``x (R, B, K, n, 2)``, ``gains (R, B, K, n)``, ``out (R, B, n, 2)``."""
+def _filter(matrices: Array, start: Array, x: Array, gains: Array, out: Array, first: int, last: int) -> None:
+    """``matrices (R, n, 2n)``, ``start (R, B, 2n)``, ``x (R, B, K, n, 2)``, ``gains (R, B, K, n)``."""
     n = matrices.shape[1]
     by_real, by_imag = np.empty(2 * n, matrices.dtype), np.empty(2 * n, matrices.dtype)
     c, turned = np.empty(2 * n, matrices.dtype), np.empty(2 * n, matrices.dtype)
     for r in range(first, last):
         v = matrices[r]
         for b in range(x.shape[1]):
-            c[:] = 0
+            c[:] = start[r, b]
             for k in range(x.shape[2]):
                 by_real[:] = 0
                 by_imag[:] = 0
@@ -58,22 +58,27 @@ def _filter(matrices: Array, x: Array, gains: Array, out: Array, first: int, las
                 out[r, b, i, 0], out[r, b, i, 1] = real, imag
 
 
-def filtered(vectors: Tensor, x: Tensor, gains: Tensor) -> Tensor:
-    """Return ``sum_k V_r (g_k V_r^H x_k)``, ``(B, R, n)``.
+def filtered(vectors: Tensor, start: Tensor, x: Tensor, gains: Tensor) -> Tensor:
+    """Return ``V_r (start + sum_k g_k V_r^H x_k)``, ``(B, R, n)``.
 
     Args:
         vectors: ``(R, n, n)``, complex, on the CPU.
-        x: ``(K, B, R, n)``, complex.
-        gains: ``(K, B, R, n)``, real.
+        start: ``(B, R, n)``, complex.
+        x: ``(B, K, R, n)``, complex.
+        gains: ``(B, K, R, n)``, real.
     """
-    steps = (len(x) + 1) * x.shape[1] * vectors.numel()
-    x, gains = x.permute(2, 1, 0, 3), gains.permute(2, 1, 0, 3)
-    out = x.new_empty(x.shape[0], x.shape[1], x.shape[3])
+    rows, filters, count, n = x.shape
+    out = x.new_empty(count, rows, n)
     arrays = [
-        torch.view_as_real(vectors.resolve_conj().contiguous()).flatten(-2).numpy(),
-        torch.view_as_real(x.resolve_conj().contiguous()).numpy(),
-        gains.contiguous().numpy(),
+        _pairs(vectors).flatten(-2).numpy(),
+        _pairs(start.transpose(0, 1)).flatten(-2).numpy(),
+        _pairs(x.permute(2, 0, 1, 3)).numpy(),
+        gains.permute(2, 0, 1, 3).contiguous().numpy(),
         torch.view_as_real(out).numpy(),
     ]
-    in_threads(_filter, arrays, len(out), steps)
+    in_threads(_filter, arrays, count, (filters + 1) * rows * vectors.numel())
     return out.transpose(0, 1)
+
+
+def _pairs(x: Tensor) -> Tensor:
+    return torch.view_as_real(x.resolve_conj().contiguous())

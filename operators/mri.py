@@ -153,7 +153,7 @@ class MultiCoilMRI(SpectralOperator):
         if blocks is None:
             return super().prox(z, y, rho)
         self.domain.check(z, f"Centre z of the prox of {self.name}")
-        return blocks.prox(self._enter(z, self.domain), self._memo.last(y, self.adjoint), rho)
+        return blocks.prox(self._enter(z, self.domain), self._memo.last(y, self._seen), rho)
 
     def conditional(self, z: Tensor, y: Tensor, sigma: Tensor, tau: Tensor, noise: Tensor) -> Tensor:
         """Return an exact draw of ``x`` given ``y = A x + sigma n`` and ``x ~ N(z, tau^2 I)``."""
@@ -163,7 +163,13 @@ class MultiCoilMRI(SpectralOperator):
         for what, value in (("Prior mean z", z), ("Noise", noise)):
             self.domain.check(value, f"{what} of the conditional draw of {self.name}")
         z, noise = self._enter(z, self.domain), self._enter(noise, self.domain)
-        return blocks.conditional(z, self._memo.last(y, self.adjoint), sigma, tau, noise)
+        return blocks.conditional(z, self._memo.last(y, self._seen), sigma, tau, noise)
+
+    def _seen(self, y: Tensor) -> Tensor:
+        """Return ``V^H A^H y``."""
+        blocks = self._blocks()
+        assert blocks is not None
+        return blocks.analyse(self.adjoint(y))
 
     def _blocks(self) -> ReadoutBlocks | None:
         """Return the factors by readout position, shared with the operator that ``rows`` was called on."""

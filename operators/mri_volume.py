@@ -110,7 +110,7 @@ class VolumeMRI(ParametricOperator):
             return super().prox(z, y, rho)
         self.domain.check(z, f"Centre z of the prox of {self.name}")
         z = self._enter(z, self.domain)
-        return self._unfold(self._blocks().prox(self._fold(z), self._fold(self._memo.last(y, self.adjoint)), rho))
+        return self._unfold(self._blocks().prox(self._fold(z), self._memo.last(y, self._seen), rho))
 
     def conditional(self, z: Tensor, y: Tensor, sigma: Tensor, tau: Tensor, noise: Tensor) -> Tensor:
         """Return an exact draw of ``x`` given ``y = A x + sigma n`` and ``x ~ N(z, tau^2 I)``."""
@@ -119,9 +119,10 @@ class VolumeMRI(ParametricOperator):
         for what, value in (("Prior mean z", z), ("Noise", noise)):
             self.domain.check(value, f"{what} of the conditional draw of {self.name}")
         z, noise = (self._fold(self._enter(v, self.domain)) for v in (z, noise))
-        return self._unfold(
-            self._blocks().conditional(z, self._fold(self._memo.last(y, self.adjoint)), sigma, tau, noise)
-        )
+        return self._unfold(self._blocks().conditional(z, self._memo.last(y, self._seen), sigma, tau, noise))
+
+    def _seen(self, y: Tensor) -> Tensor:
+        return self._blocks().analyse(self._fold(self.adjoint(y)))
 
     def _blocks(self) -> ReadoutBlocks:
         (values, vectors), index = self._memo.lookup(self, _block_factors)
