@@ -97,4 +97,13 @@ SYNTHESISERS = {
             "Viscosities from 1/500 to 1/80 at a side of 2 pi; the network does not know that the square repeats.",
         ),
     ),
+    "natural": Synthesiser(
+        "invdiff.training.natural_images",
+        "natural_image",
+        3,
+        (
+            "Trained on crops of thirteen photographs and dead leaves: edges, textures and shading, no objects.",
+            "A denoiser for images of any content; its draws without data are blotches, not scenes.",
+        ),
+    ),
 }
