@@ -38,9 +38,10 @@ def train(
     """Train a prior on images or on synthetic heads.
 
     Every setting is also a flag, which wins over the file: --data, --output, --name, --steps, --batch, --crop, ...
-    List them all with --settings.
+    List them all with --settings. Several devices: torchrun --nproc-per-node 2 -m invdiff train ...
     """
     from invdiff.training.config import TrainConfig
+    from invdiff.training.processes import launched
     from invdiff.training.train import train as run
 
     if settings:
@@ -48,10 +49,14 @@ def train(
         return
     try:
         chosen = _config(TrainConfig, config, words or [])
-        with _Progress(quiet=json) as progress:
+        first = launched()[0] == 0
+        with _Progress(quiet=json or not first) as progress:
             result = run(chosen, progress, resume=resume)
     except (ValueError, FloatingPointError) as error:
         raise error if isinstance(error, InvdiffError) else InvdiffError(str(error)) from error
+    if not first:
+        # One voice is enough; the code of the first is the code of all.
+        raise typer.Exit(130 if result.interrupted else 0)
     found = {
         "weights": result.weights and str(result.weights),
         "card": result.card and str(result.card),

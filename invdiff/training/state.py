@@ -15,6 +15,7 @@ from invdiff.networks import BACKBONES, EDMUNet, TrainedNetwork
 from invdiff.priors.learned import Network, denoiser_of
 from invdiff.training.batches import Batch
 from invdiff.training.config import TrainConfig
+from invdiff.training.processes import Processes
 
 #: Settings that fix the network; a checkpoint belongs to one choice of them.
 _NETWORK = ("channels", "loss", "backbone", "widths", "blocks", "embedding", "sigma_data", "condition")
@@ -71,10 +72,17 @@ class TrainState:
         config: Settings.
         device: Where to train.
         classes: Names of the classes, for a prior with classes.
+        processes: Those that train together.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device, classes: Sequence[str] = ()) -> None:
-        self.classes = tuple(classes)
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        classes: Sequence[str] = (),
+        processes: Processes | None = None,
+    ) -> None:
+        self.classes, self.processes = tuple(classes), processes or Processes()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
             self.network = make_network(config, len(classes)).to(device)
@@ -163,8 +171,9 @@ class TrainState:
         return out.eval()
 
     def update(self, batch: Batch) -> float:
-        """One optimiser step; returns the weighted loss per value."""
+        """One optimiser step on the batch of all processes; returns the weighted loss per value."""
         config = self.config
+        batch, share = self.processes.part(batch)
         clean, sigma, noise = (t.to(self.device, non_blocking=True) for t in batch[:3])
         noisy = clean + sigma[:, None, None, None] * noise
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
@@ -176,11 +185,12 @@ class TrainState:
                     noisy, batch.sigma, None if batch.label is None else {"label": batch.label}
                 )
         weight = loss_weight(config, sigma)
-        loss = (weight[:, None, None, None] * (denoised.float() - clean).square()).mean()
+        loss = share * (weight[:, None, None, None] * (denoised.float() - clean).square()).mean()
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(config, self.step)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        self.processes.add([p.grad for p in self.network.parameters() if p.grad is not None])
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.clip)
         self.optimiser.step()
         # A short horizon at first, or the average would remember the initial weights.
@@ -188,4 +198,4 @@ class TrainState:
         parameters = [p.detach() for p in self.network.parameters()]
         torch._foreach_lerp_(list(self.average.values()), parameters, 1 - decay)
         self.step += 1
-        return float(loss.detach())
+        return self.processes.total(float(loss.detach()))

@@ -31,6 +31,7 @@ from invdiff.io.atomic import whole_file
 from invdiff.training import card as cards
 from invdiff.training.batches import Batches
 from invdiff.training.config import TrainConfig
+from invdiff.training.processes import Processes, launched, process_group
 from invdiff.training.source import Images, Report, Source
 from invdiff.training.state import TrainState, learning_rate
 from invdiff.training.validation import denoising_curve, plot_curve
@@ -63,6 +64,10 @@ def train(
     ``.png`` (denoising curve on held-out images). Files appear by renaming, never half-written. On
     SIGINT or SIGTERM the current step ends, a checkpoint is written and the call returns.
 
+    Started by torch's launcher (``torchrun --nproc-per-node 2 -m invdiff train ...``), several processes train
+    together: `invdiff.training.processes`. A signal to one of them stops all after the same step. The first writes
+    and reports; what the others return holds no files. Give a cache with synthetic images, or each draws its own.
+
     Args:
         config: all settings.
         progress: called with a dict whose ``event`` is ``"images"`` (done, count), ``"step"`` (step,
@@ -81,20 +86,20 @@ def train(
     Reference:
         Karras, Aittala, Aila, Laine, NeurIPS 2022 (arXiv:2206.00364).
     """
-    report = progress or (lambda _: None)
     device = _device(config)
     threads = torch.get_num_threads()
     if config.threads > 0:
         torch.set_num_threads(config.threads)
     try:
-        source = Source(config, report)
-        state = TrainState(config, device, source.classes)
-        run = _Run(config, state, Path(config.output), report)
-        if resume and run.checkpoint.exists():
-            state.load(run.checkpoint)
-        training, held_out = source.split()
-        batches = Batches(training.images, config, training.labels, len(source.classes))
-        with _stop_flag() as stop:
+        with process_group(device) as processes, _stop_flag() as stop:
+            report = progress if progress is not None and processes.first else lambda _: None
+            source = Source(config, report)
+            state = TrainState(config, device, source.classes, processes)
+            run = _Run(config, state, Path(config.output), report)
+            if resume and run.checkpoint.exists():
+                state.load(run.checkpoint)
+            training, held_out = _split(source, processes)
+            batches = Batches(training.images, config, training.labels, len(source.classes))
             return run.loop(batches, held_out, stop, stop_at)
     finally:
         torch.set_num_threads(threads)
@@ -122,8 +127,9 @@ class _Run:
         smooth: float | None = None
         curve = None
         while state.step < config.steps:
-            if stop.is_set() or (stop_at is not None and state.step >= stop_at):
-                state.save(self.checkpoint)
+            # Asked of all, as a signal may reach one process only.
+            if state.processes.total(stop.is_set()) or (stop_at is not None and state.step >= stop_at):
+                self._save()
                 return TrainResult(None, None, state.step, True, curve)
             loss = state.update(source.batch(state.step))
             if not math.isfinite(loss):
@@ -134,11 +140,17 @@ class _Run:
             state.seconds = time.monotonic() - started
             self._report_step(loss, smooth)
             if state.step % config.checkpoint_every == 0:
-                state.save(self.checkpoint)
+                self._save()
             if state.step % config.validate_every == 0 and state.step < config.steps:
                 curve = self._export(held_out, len(source.images)).curve
-        state.save(self.checkpoint)
+        self._save()
         return self._export(held_out, len(source.images))
+
+    def _save(self) -> None:
+        """Write the checkpoint; no process goes on, or ends, before it is there."""
+        if self.state.processes.first:
+            self.state.save(self.checkpoint)
+        self.state.processes.total(0)
 
     def _report_step(self, loss: float, smooth: float) -> None:
         self.report(
@@ -156,6 +168,9 @@ class _Run:
     def _export(self, held_out: Images, images: int) -> TrainResult:
         """Validate the averaged weights as they will be stored, and write weights, card and curve."""
         config, state = self.config, self.state
+        if not state.processes.first:
+            state.processes.total(0)
+            return TrainResult(None, None, state.step, False, None)
         network = state.averaged()
         dtype = getattr(torch, config.export_dtype)
         stored = {k: v.to(dtype).cpu().contiguous() for k, v in network.state_dict().items()}
@@ -171,6 +186,7 @@ class _Run:
             temporary.write_text(json.dumps({"step": state.step, **curve}, indent=1) + "\n", encoding="utf-8")
         plot_curve(curve, self.output / f"{config.name}_denoising.png")
         self.report({"event": "exported", "weights": str(weights)})
+        state.processes.total(0)
         return TrainResult(weights, card, state.step, False, curve)
 
 
@@ -189,10 +205,23 @@ def _stop_flag() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+def _split(source: Source, processes: Processes) -> tuple[Images, Images]:
+    """Training and held-out images; with a cache of synthetic ones, the first process draws for all."""
+    if source.config.cache and not processes.first:
+        processes.total(0)
+    found = source.split()
+    if source.config.cache and processes.first:
+        processes.total(0)
+    return found
+
+
 def _device(config: TrainConfig) -> torch.device:
     wanted = config.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    _, count, local = launched()
+    if wanted == "cuda" and count > 1:
+        wanted = f"cuda:{local}"
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("device is 'cuda' but no CUDA device is available; use 'auto' or 'cpu'.")
     try:
