@@ -21,13 +21,16 @@ import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from invdiff.errors import InvdiffError
 from invdiff.summaries import quantile
 from invdiff.uq.draws import ordered, read_draws, read_truth, to_numpy
+
+if TYPE_CHECKING:
+    from invdiff.posterior import Posterior
 
 Score = Literal["scaled", "quantile"]
 
@@ -95,6 +98,29 @@ class Conformal:
         # A pixel without spread keeps its value even where no finite factor was enough.
         width = np.where(unit > 0, self.factor, 0.0) * unit
         return low - width, high + width
+
+    def attach(self, posterior: Posterior) -> Posterior:
+        """Return the posterior with ``conformal_lo`` and ``conformal_hi`` in its summary, to be saved with it.
+
+        Raises:
+            InvdiffError: If the calibration is for regions, or for draws made in another way.
+        """
+        import xarray as xr
+
+        from invdiff.posterior import Posterior
+
+        if self.labels is not None:
+            raise InvdiffError("A calibration of regions has no intervals of pixels to attach; use apply.")
+        ends = self.apply(posterior)
+        summary = posterior.tree.children["summary"].to_dataset(inherit=False)
+        like = summary["q05"]
+        for name, which, values in zip(("conformal_lo", "conformal_hi"), ("lower", "upper"), ends):
+            attrs = {"long_name": f"{which} end of the conformal {self.level:.0%} interval"}
+            attrs["guarantee"] = self.guarantee
+            summary[name] = like.copy(data=values.reshape(like.shape).astype(like.dtype)).assign_attrs(attrs)
+        tree = posterior.tree.copy()
+        tree["summary"] = xr.DataTree(summary)
+        return Posterior(tree)
 
     def save(self, path: str | Path) -> Path:
         """Write a JSON file."""

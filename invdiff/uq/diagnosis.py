@@ -18,6 +18,7 @@ from invdiff.uq.uniformity import holm, uniform_p_value
 
 if TYPE_CHECKING:
     import xarray as xr
+    from matplotlib.figure import Figure
 
     from invdiff.likelihood import Likelihood
     from invdiff.operator import Operator
@@ -77,7 +78,8 @@ class Diagnosis:
         n_cases: Number of cases.
         n_draws: Fewest usable draws of a case.
         n_excluded: Draws left out over all cases.
-        coverage: Share of pixels inside equal-tailed intervals, mean over cases and its standard error, by level.
+        coverage: Share of pixels inside equal-tailed intervals, mean over cases and its standard error, by level;
+            levels are those near 50, 80, 90 and 95 % at which so many exact draws cover exactly.
     """
 
     checks: tuple[Check, ...]
@@ -116,6 +118,12 @@ class Diagnosis:
             f"{word} ({self.n_cases} cases of {self.n_draws} draws{excluded}; level {self.level:.0%} for all "
             f"tests together, by Holm)\n{table}\ncoverage of pixelwise intervals: {covered}"
         )
+
+    def plot(self) -> Figure:
+        """Return a figure: distance of every test's distribution function from the uniform one, with its band."""
+        from invdiff.uq.figure import diagnosis_figure
+
+        return diagnosis_figure(self)
 
     def to_xarray(self) -> xr.Dataset:
         """Return p-values, verdicts and the uniform numbers ``u`` (NaN where a test has none)."""
@@ -189,7 +197,9 @@ def diagnose(
     said = f"{repeats} draws repeat others" if repeats else ""
     checks.append(Check("repeated draws", "nearest", np.zeros(0), p[-1], adjusted[-1], bool(repeats), said))
     fewest = min(len(x) for x, _ in found)
-    return Diagnosis(tuple(checks), level, found.n_cases, fewest, found.n_excluded, _coverage(found, target))
+    return Diagnosis(
+        tuple(checks), level, found.n_cases, fewest, found.n_excluded, _coverage(found, target, fewest)
+    )
 
 
 def _quantities(found: Draws, labels: Any, seed: int) -> list[tuple[str, str, ranks.Quantity]]:
@@ -247,10 +257,12 @@ def _repeats(found: Draws) -> int:
     return sum(len(x) - len(np.unique(vectors(x), axis=0)) for x, _ in found)
 
 
-def _coverage(found: Draws, target: np.ndarray) -> dict[float, tuple[float, float]]:
+def _coverage(found: Draws, target: np.ndarray, fewest: int) -> dict[float, tuple[float, float]]:
+    """Coverage near the usual levels, at those that intervals between two order statistics have exactly."""
     from invdiff.summaries import quantile
 
-    levels = (0.5, 0.8, 0.9, 0.95)
+    exact = 1 - 2 * np.arange(1, (fewest + 1) // 2 + 1) / (fewest + 1)
+    levels = sorted({float(exact[np.abs(exact - k).argmin()]) for k in (0.5, 0.8, 0.9, 0.95)} - {0.0})
     probs = [p for k in levels for p in ((1 - k) / 2, (1 + k) / 2)]
     inside = []
     for (x, _), t in zip(found, target):

@@ -159,10 +159,12 @@ def nearest_distance(points: np.ndarray, case: int) -> np.ndarray:
 
 def pixels_outside(points: np.ndarray, case: int) -> np.ndarray:
     """Share of pixels in which a point is in the outer tenth of all: the coverage of pixelwise intervals."""
+    from scipy.stats import rankdata
+
     flat = vectors(points)
     n = len(flat)
-    rank = flat.argsort(0).argsort(0)
-    return np.asarray((np.abs(2 * rank - (n - 1)) > 0.9 * n).mean(1))
+    # Ties share their mean rank: where all points agree none of them is outside.
+    return np.asarray((np.abs(2 * rankdata(flat, axis=0) - (n + 1)) > 0.9 * n).mean(1))
 
 
 def principal_distance(points: np.ndarray, case: int) -> np.ndarray:

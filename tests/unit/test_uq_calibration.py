@@ -106,6 +106,7 @@ def test_outer_tenth_of_thirty_one_points():
     """The two lowest and the two highest ranks lie beyond 0.9 of the way, the others do not."""
     x = np.arange(31.0)[:, None]
     assert ranks.pixels_outside(x, 0).tolist() == [1, 1] + [0] * 27 + [1, 1]
+    assert ranks.pixels_outside(np.zeros((31, 2)), 0).tolist() == [0] * 31
 
 
 @pytest.mark.parametrize("correlated", [False, True])

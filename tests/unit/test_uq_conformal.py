@@ -152,13 +152,24 @@ def test_a_posterior_knows_how_it_was_made():
     assert fingerprint_of(posterior) != fingerprint("knees, 4-fold", prior, sampler)
 
 
-def test_posteriors_are_calibrated_and_mismatches_refused():
+def test_posteriors_are_calibrated_and_mismatches_refused(tmp_path):
     run = make_run(REAL, cases=30, draws=10)
     posterior = Posterior.from_run(run)
     found = calibrate(posterior, run.x_true, 0.8, population="made-up images")
     low, high = found.apply(posterior)
     assert low.shape == (30, *REAL.shape) and (high > low).all()
     assert ((run.x_true >= low) & (run.x_true <= high)).mean() >= 0.8
+    kept = found.attach(posterior).save(tmp_path / "calibrated.nc")
+    with Posterior.open(kept) as again:
+        summary = again.tree["summary"]
+        np.testing.assert_allclose(summary["conformal_lo"], low, rtol=1e-10)
+        np.testing.assert_allclose(summary["conformal_hi"], high, rtol=1e-10)
+        assert "made-up images" in summary["conformal_hi"].attrs["guarantee"]
+        np.testing.assert_array_equal(again.mean(), posterior.mean())
+    assert "conformal_lo" not in posterior.tree["summary"]
+    regions = calibrate(posterior, run.x_true, 0.8, labels=np.ones((6, 5), int), population="made-up images")
+    with pytest.raises(InvdiffError, match="no intervals of pixels"):
+        regions.attach(posterior)
     other = make_run(REAL, draws=10, provenance={"sampler": {"name": "dps"}})
     with pytest.raises(InvdiffError, match="another problem, prior or sampler"):
         found.apply(Posterior.from_run(other))
