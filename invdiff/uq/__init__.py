@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from invdiff.uq.diagnosis import Diagnosis, diagnose
     from invdiff.uq.draws import read_draws
     from invdiff.uq.intervals import coverage, interval, interval_score, pit, width
+    from invdiff.uq.predictive import predictive_chi_squared, residual_whiteness
     from invdiff.uq.ranks import sbc
     from invdiff.uq.regions import region_statistics
     from invdiff.uq.risk import control_risk
@@ -40,6 +41,7 @@ _HOMES = {
     "diagnosis": ("Diagnosis", "diagnose"),
     "draws": ("read_draws",),
     "intervals": ("coverage", "interval", "interval_score", "pit", "width"),
+    "predictive": ("predictive_chi_squared", "residual_whiteness"),
     "ranks": ("sbc",),
     "regions": ("region_statistics",),
     "risk": ("control_risk",),
@@ -82,11 +84,13 @@ __all__ = [
     "local_c2st",
     "mcse",
     "pit",
+    "predictive_chi_squared",
     "principal_components",
     "quantiles",
     "r_hat",
     "read_draws",
     "region_statistics",
+    "residual_whiteness",
     "sbc",
     "spread_skill",
     "stream",

@@ -1,15 +1,16 @@
 """Conformal intervals: corrected on cases with known truth, so that they cover whatever the sampler got wrong.
 
-With scores ``s_i`` of ``N`` cases, e.g. ``|x - mean| / std`` at one
-pixel, the ``ceil((N + 1) level)``-th smallest of them is the factor with which ``mean +- factor std`` holds the
-truth of a further case with probability ``level`` or more. `invdiff.uq.risk` controls whole images instead.
+With scores ``s_i`` of ``N`` cases, e.g. ``|x - mean| / std`` at one pixel, the ``ceil((N + 1) level)``-th smallest
+of them is the factor with which ``mean +- factor std`` holds the truth of a further case with probability
+``level`` or more. `invdiff.uq.risk` controls whole images instead.
 
 This needs that the new case and those of the calibration are exchangeable: the same population, operator, noise,
 prior and sampler. The guarantee is an average over the population. It does not hold for every patient, nor for
 subgroups.
 
 Sources: Romano, Patterson, Candes, "Conformalized quantile regression", NeurIPS 2019; Angelopoulos et al.,
-"Image-to-image regression with distribution-free uncertainty quantification", ICML 2022.
+"Image-to-image regression with distribution-free uncertainty quantification and applications in imaging", ICML
+2022.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import numpy as np
 from invdiff.errors import InvdiffError
 from invdiff.summaries import quantile
 from invdiff.uq.draws import ordered, read_draws, read_truth, to_numpy
+from invdiff.uq.regions import region_means
 
 if TYPE_CHECKING:
     from invdiff.posterior import Posterior
@@ -226,7 +228,7 @@ def calibrate(
     scores = []
     for (values, w), t in zip(interval_values(draws, where, weights), target):
         low, high, unit = uncorrected(values, w, score, level)
-        scores.append(conformal_score(t if where is None else _region_means(t[None], where)[0], low, high, unit))
+        scores.append(conformal_score(t if where is None else region_means(t[None], where)[0], low, high, unit))
     factor = np.sort(np.stack(scores), axis=0)[k - 1]
     return Conformal(score, level, factor, where, None, n, population, origin)
 
@@ -281,17 +283,7 @@ def interval_values(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return what intervals are for, ``(n, *image)`` or ``(n, region)``, with weights, case by case."""
     cases = [(ordered(x), w) for x, w in read_draws(draws, weights)]
-    return cases if labels is None else [(_region_means(x, labels), w) for x, w in cases]
-
-
-def _region_means(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    if labels.dtype.kind not in "iu" or labels.shape != x.shape[x.ndim - labels.ndim :] or not labels.any():
-        raise InvdiffError(
-            f"Labels are whole numbers over the pixels of the images {x.shape[1:]}, some of them not 0, got "
-            f"{labels.dtype} of shape {labels.shape}."
-        )
-    members = np.stack([labels.ravel() == k for k in np.unique(labels) if k != 0], axis=1).astype(float)
-    return np.asarray(x.reshape(len(x), -1, labels.size).mean(1) @ members / members.sum(0))
+    return cases if labels is None else [(region_means(x, labels), w) for x, w in cases]
 
 
 def uncorrected(

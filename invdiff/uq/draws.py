@@ -39,7 +39,7 @@ def read_draws(draws: Any, weights: Any = None, least: int = 2) -> Draws:
 
     Args:
         draws: ``(case, draw, ...)``, real or complex, a numpy array, a torch tensor or a labelled array; or a
-            `Posterior`, which brings its own weights and leaves out draws that failed.
+            `Posterior`, which brings its own weights and leaves out draws that failed; or draws already read.
         weights: ``(case, draw)`` or ``(draw,)``, not negative, where draws are weighted; not with a `Posterior`.
         least: Usable draws needed per case. From 2 on a spread is wanted, and draws that are all the same are
             refused.
@@ -50,6 +50,8 @@ def read_draws(draws: Any, weights: Any = None, least: int = 2) -> Draws:
     """
     from invdiff.posterior import Posterior
 
+    if isinstance(draws, Draws):
+        return draws
     found = _posterior(draws, weights) if isinstance(draws, Posterior) else _array(draws, weights)
     for i, (x, w) in enumerate(found):
         _check(i, x, w, least, found.n_excluded)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from invdiff.uq.draws import Draws
+from invdiff.uq.draws import read_draws
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,12 +25,17 @@ REPLICATES = 63
 MANY_PAIRS = 2000
 
 
-def predictive_chi_squared(problem: Problem, draws: Draws, seed: int = 0) -> np.ndarray:
+def predictive_chi_squared(problem: Problem, draws: Any, seed: int = 0) -> np.ndarray:
     """Return the place of ``||W (y - A(x))||^2`` of one draw per case in its law, ``(case,)`` in (0, 1).
 
     Near 0 the draws fit the noise, near 1 they miss the data. Gaussian noise has the chi-squared law with as many
     degrees of freedom as real data; for other noise the log-likelihood of ``y`` is ranked among that of
     replicated data.
+
+    Args:
+        problem: Operator, noise and the data of every case.
+        draws: ``(case, draw, ...)`` or a `Posterior`; one per case is enough.
+        seed: Of the choice of the draw.
     """
     from scipy.stats import chi2
 
@@ -45,7 +50,7 @@ def predictive_chi_squared(problem: Problem, draws: Draws, seed: int = 0) -> np.
     return np.array(out)
 
 
-def residual_whiteness(problem: Problem, draws: Draws, seed: int = 0) -> np.ndarray | None:
+def residual_whiteness(problem: Problem, draws: Any, seed: int = 0) -> np.ndarray | None:
     """Return the place of the correlation of neighbouring residuals in its law, ``(case,)`` in (0, 1).
 
     The statistic is the sum of ``r_k r_(k+1)`` over all axes of the data, of the whitened residual of one draw per
@@ -75,11 +80,11 @@ def residual_whiteness(problem: Problem, draws: Draws, seed: int = 0) -> np.ndar
     return np.array(out)
 
 
-def _one_draw(problem: Problem, draws: Draws, seed: int) -> Iterator[tuple[int, Problem, Tensor]]:
+def _one_draw(problem: Problem, draws: Any, seed: int) -> Iterator[tuple[int, Problem, Tensor]]:
     """Yield case, its problem, and one of its draws as a row."""
     import torch
 
-    for case, (x, w) in enumerate(draws):
+    for case, (x, w) in enumerate(read_draws(draws, least=1)):
         chosen = np.random.default_rng([seed, case, 0x0D2]).choice(len(x), p=w)
         own = problem.rows(torch.tensor([case]))
         row = torch.from_numpy(np.ascontiguousarray(x[chosen][None]))

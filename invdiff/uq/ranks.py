@@ -45,7 +45,7 @@ def sbc(draws: Any, truth: Any, quantity: Quantity, seed: int = 0) -> np.ndarray
 
 def read_equal(draws: Any) -> Draws:
     """Read draws, refusing weighted ones: ranks among them have no exact law."""
-    found = draws if isinstance(draws, Draws) else read_draws(draws)
+    found = read_draws(draws)
     for i, (x, w) in enumerate(found):
         if effective_size(w) < len(x) * (1 - 1e-9):
             raise InvdiffError(
@@ -182,7 +182,7 @@ def distance_from(references: np.ndarray | Callable[[int], np.ndarray]) -> Quant
     on ``y``, or a sampler that ignores the data passes.
 
     Reference: Lemos et al., "Sampling-based accuracy testing of posterior estimators for general inference", ICML
-        2023.
+    2023.
     """
 
     def values(points: np.ndarray, case: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from invdiff.errors import InvdiffError
 from invdiff.summaries import quantile
-from invdiff.uq.draws import Draws, ordered, read_draws, to_numpy
+from invdiff.uq.draws import ordered, read_draws, to_numpy
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -105,15 +105,16 @@ def region_statistics(
     """
     found = read_draws(draws, weights)
     where = to_numpy(labels)
-    present = _check(where, found, spacing)
+    present, members = _membership(where, found.shape)
+    if spacing is not None and (len(spacing) != where.ndim or not all(s > 0 for s in spacing)):
+        raise InvdiffError(f"The spacing needs {where.ndim} positive numbers, one per axis of the labels.")
     voxel = math.prod(spacing) if spacing is not None else 1.0
-    members = np.stack([where.ravel() == k for k in present], axis=1).astype(float)
     cases: list[dict[str, np.ndarray]] = []
     for x, _ in found:
-        values = ordered(x).reshape(len(x), -1, where.size).mean(1)
-        one = {"mean": values @ members / members.sum(0)}
+        one = {"mean": region_means(ordered(x), where)}
         if above is not None:
-            volume = voxel * ((values > above) @ members)
+            inside = ordered(x).reshape(len(x), -1, where.size).mean(1) > above
+            volume = voxel * (inside @ members)
             one = {"volume": volume, **one, "diameter": _diameter(volume, where.ndim)}
         cases.append(one)
     most = max(len(w) for _, w in found)
@@ -123,18 +124,23 @@ def region_statistics(
     return Regions(values, padded, present, tuple(known.get(k, str(k)) for k in present))
 
 
-def _check(where: np.ndarray, found: Draws, spacing: Sequence[float] | None) -> tuple[int, ...]:
-    if where.dtype.kind not in "iub" or not where.ndim or where.shape != found.shape[-where.ndim :]:
+def region_means(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the mean over every labelled region, ``(n, *image) -> (n, region)``, in the order of the labels."""
+    _, members = _membership(labels, x.shape[1:])
+    return np.asarray(x.reshape(len(x), -1, labels.size).mean(1) @ members / members.sum(0))
+
+
+def _membership(where: np.ndarray, shape: tuple[int, ...]) -> tuple[tuple[int, ...], np.ndarray]:
+    """Return the labels that occur, and which pixels have which, ``(pixel, region)``."""
+    if where.dtype.kind not in "iub" or not where.ndim or where.shape != shape[-where.ndim :]:
         raise InvdiffError(
-            f"Labels are whole numbers over the pixels of the images {found.shape}, got {where.dtype} of shape "
+            f"Labels are whole numbers over the pixels of the images {shape}, got {where.dtype} of shape "
             f"{where.shape}."
         )
-    if spacing is not None and (len(spacing) != where.ndim or not all(s > 0 for s in spacing)):
-        raise InvdiffError(f"The spacing needs {where.ndim} positive numbers, one per axis of the labels.")
     present = tuple(int(k) for k in np.unique(where) if k != 0)
     if not present:
         raise InvdiffError("The label map is 0 everywhere, so there is no region to measure.")
-    return present
+    return present, np.stack([where.ravel() == k for k in present], axis=1).astype(float)
 
 
 def _diameter(volume: np.ndarray, axes: int) -> np.ndarray:

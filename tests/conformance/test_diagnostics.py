@@ -92,7 +92,7 @@ def test_without_y_a_sampler_that_ignores_the_data_passes():
 
 
 def test_false_alarms_stay_within_the_level():
-    """At a level of 10 %, 40 repetitions: at most 10 alarms (0.5 % chance of more if every tenth were one)."""
+    """At a level of 10 %, 40 repetitions: more than 10 alarms have a chance of 0.15 % at most."""
     alarms = 0
     for seed in range(40):
         control = controls.mixture(40, 12, seed=1000 + seed)

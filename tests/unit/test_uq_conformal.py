@@ -192,7 +192,7 @@ def test_pixels_without_spread_keep_their_value_or_say_that_nothing_helps():
         (lambda c: calibrate(c.draws, c.truth, score="best", **HOW), "not 'best'"),
         (lambda c: calibrate(c.draws, c.truth, population=" ", fingerprint="f"), "Say in words"),
         (lambda c: calibrate(c.draws, c.truth, population="p"), "Give a fingerprint"),
-        (lambda c: calibrate(c.draws, c.truth, labels=np.zeros(12, int), **HOW), "some of them not 0"),
+        (lambda c: calibrate(c.draws, c.truth, labels=np.zeros(12, int), **HOW), "0 everywhere"),
         (lambda c: calibrate(c.draws[:, :1], c.truth, **HOW), "one draw has no spread"),
         (lambda c: control_risk(c.draws[:9], c.truth[:9], **HOW), "do not show that any factor"),
         (lambda c: control_risk(c.draws, c.truth, bound="best", **HOW), "'wsr' or 'hb'"),
