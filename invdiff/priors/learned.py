@@ -123,12 +123,12 @@ def denoiser_of(network: Network, call: Callable[..., Tensor] | None = None) -> 
         call: What to call in its place, a compiled twin for example.
     """
     if isinstance(network, EDMUNet):
-        return call or network
+        return network if call is None else call
     low, high = network.sigma_min, network.sigma_max
     flow = network.parametrisation == "flow"
     conditions = ("label",) if network.classes else ()
     return ParametrisedDenoiser(
-        call or network,
+        network if call is None else call,
         network.parametrisation,
         Flow(1, low, high) if flow else EDM(network.sigma_data, low, high),
         network.channels,

@@ -147,6 +147,7 @@ def load(
     samples: Tensor | None = None,
     check: bool = True,
     sha256: str | Mapping[str, str] | None = None,
+    compile: bool = False,
     **declared: Any,
 ) -> Prior:
     """Load a prior by name (``"brain-mri"``), from a checkpoint of any format that is known, or from the hub.
@@ -160,7 +161,10 @@ def load(
         samples: Clean images ``(B, C, y, x)`` in image units for the self-test.
         check: Whether to test that the prior denoises.
         sha256: What the file of weights must hash to; for repositories also hashes by file.
-        declared: What the format cannot know from the file.
+        compile: Turn the network into compiled code (torch.compile) when it is first called, which takes up to
+            minutes, for every new size of a batch too; `Prior.cost` measures what it gains. A compiled network is
+            differentiable once.
+        declared: What the format cannot know from the file; ``label`` for a prior with classes.
 
     Raises:
         InvdiffError: If the file is not what its card or ``sha256`` says, no format knows it, or it fails the
@@ -169,6 +173,8 @@ def load(
     from invdiff.priors.formats import build
     from invdiff.priors.self_test import self_test
 
+    if compile:
+        return _compiled(load(name, samples=samples, check=check, sha256=sha256, **declared))
     if str(name).startswith("hf://"):
         from invdiff.priors.hub import fetch
 
@@ -185,6 +191,18 @@ def load(
     if declared:
         raise InvdiffError(f"Prior {name} needs nothing declared; leave out {', '.join(declared)}.")
     return prior if samples is None else self_test(prior, samples, check)
+
+
+def _compiled(prior: Prior) -> Prior:
+    """Return the prior with its network compiled."""
+    import copy
+
+    denoiser: Any = copy.copy(prior.denoiser)
+    if not isinstance(getattr(denoiser, "network", None), torch.nn.Module):
+        raise InvdiffError(f"Prior {prior.name} has no network that can be compiled; leave out compile.")
+    denoiser.network = torch.compile(denoiser.network)
+    denoiser.differentiable = min(1, denoiser.differentiable)
+    return replace(prior, denoiser=denoiser)
 
 
 def _of_class(prior: Prior, label: int | str) -> Prior:

@@ -78,6 +78,8 @@ class TrainConfig:
     seed: int = _f(0, "seed of everything random")
     device: str = _f("auto", "'auto', 'cpu' or 'cuda'")
     precision: str = _f("auto", "'auto' (bfloat16 on CUDA, float32 elsewhere), 'float32' or 'bfloat16'")
+    compile: bool = _f(False, "torch.compile the network: minutes at the start, then faster steps on CUDA")
+    channels_last: bool = _f(False, "keep channels together in memory; faster convolutions on CUDA")
     threads: int = _f(0, "CPU threads; 0 leaves the default")
     checkpoint_every: int = _f(250, "steps between checkpoints")
     validate_every: int = _f(1000, "steps between denoising curves and exported weights")

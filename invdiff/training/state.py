@@ -86,7 +86,9 @@ class TrainState:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
             self.network = make_network(config, len(classes)).to(device)
-        self.denoise = denoiser_of(self.network)
+        if config.channels_last:
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.denoise = denoiser_of(self.network, torch.compile(self.network) if config.compile else None)
         self.average = {k: v.detach().clone() for k, v in self.network.named_parameters()}
         self.optimiser = torch.optim.Adam(
             self.network.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), foreach=True
@@ -95,6 +97,8 @@ class TrainState:
         self.half = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
         self.step = 0
         self.seconds = 0.0
+        #: Running mean of the loss.
+        self.smooth: float | None = None
 
     def save(self, path: Path) -> None:
         """Write the checkpoint."""
@@ -107,7 +111,7 @@ class TrainState:
             for key, value in self.optimiser.state.get(parameter, {}).items():
                 tensors[f"optimiser.{key}.{name}"] = value
         about = {"step": self.step, "seconds": self.seconds, "config": self.config.to_dict()}
-        about |= {"classes": list(self.classes)}
+        about |= {"classes": list(self.classes), "smooth": self.smooth}
         metadata = {"format": "invdiff-training/1", "state": json.dumps(about)}
         with whole_file(path) as temporary:
             save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
@@ -147,6 +151,7 @@ class TrainState:
             )
         self._restore(tensors)
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        self.smooth = state.get("smooth")
 
     def _restore(self, tensors: dict[str, Tensor]) -> None:
         """Copy weights, averages and the moments of the optimiser."""
@@ -176,6 +181,8 @@ class TrainState:
         batch, share = self.processes.part(batch)
         clean, sigma, noise = (t.to(self.device, non_blocking=True) for t in batch[:3])
         noisy = clean + sigma[:, None, None, None] * noise
+        if config.channels_last:
+            noisy = noisy.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             # A level on the host costs a parametrised network no wait for the device.
             if isinstance(self.network, EDMUNet):
@@ -198,4 +205,6 @@ class TrainState:
         parameters = [p.detach() for p in self.network.parameters()]
         torch._foreach_lerp_(list(self.average.values()), parameters, 1 - decay)
         self.step += 1
-        return self.processes.total(float(loss.detach()))
+        found = self.processes.total(float(loss.detach()))
+        self.smooth = found if self.smooth is None else 0.98 * self.smooth + 0.02 * found
+        return found

@@ -31,6 +31,7 @@ from invdiff.io.atomic import whole_file
 from invdiff.training import card as cards
 from invdiff.training.batches import Batches
 from invdiff.training.config import TrainConfig
+from invdiff.training.history import History, plot_history
 from invdiff.training.processes import Processes, launched, process_group
 from invdiff.training.source import Images, Report, Source
 from invdiff.training.state import TrainState, learning_rate
@@ -61,7 +62,8 @@ def train(
 
     Leaves in ``config.output``: ``checkpoint.safetensors`` (everything a resumed run needs),
     ``<name>.safetensors`` (averaged weights), ``<name>.json`` (card), ``<name>_denoising.json`` and
-    ``.png`` (denoising curve on held-out images). Files appear by renaming, never half-written. On
+    ``.png`` (denoising curve on held-out images), ``<name>_history.jsonl`` and ``.png`` (that curve at every
+    validation, with the running mean of the loss). Files appear by renaming, never half-written. On
     SIGINT or SIGTERM the current step ends, a checkpoint is written and the call returns.
 
     Started by torch's launcher (``torchrun --nproc-per-node 2 -m invdiff train ...``), several processes train
@@ -98,6 +100,8 @@ def train(
             run = _Run(config, state, Path(config.output), report)
             if resume and run.checkpoint.exists():
                 state.load(run.checkpoint)
+            elif processes.first:
+                run.history.unlink(missing_ok=True)
             training, held_out = _split(source, processes)
             batches = Batches(training.images, config, training.labels, len(source.classes))
             return run.loop(batches, held_out, stop, stop_at)
@@ -119,12 +123,16 @@ class _Run:
         """File of everything a resumed run needs."""
         return self.output / "checkpoint.safetensors"
 
+    @property
+    def history(self) -> Path:
+        """File of the curves of all validations."""
+        return self.output / f"{self.config.name}_history.jsonl"
+
     def loop(self, source: Batches, held_out: Images, stop: threading.Event, stop_at: int | None) -> TrainResult:
         """Take steps to the last one, or until told to stop."""
         config, state = self.config, self.state
         self.output.mkdir(parents=True, exist_ok=True)
         started = time.monotonic() - state.seconds
-        smooth: float | None = None
         curve = None
         while state.step < config.steps:
             # Asked of all, as a signal may reach one process only.
@@ -136,9 +144,8 @@ class _Run:
                 raise FloatingPointError(
                     f"The loss is {loss} at step {state.step}; lower learning_rate (now {config.learning_rate})."
                 )
-            smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
             state.seconds = time.monotonic() - started
-            self._report_step(loss, smooth)
+            self._report_step(loss)
             if state.step % config.checkpoint_every == 0:
                 self._save()
             if state.step % config.validate_every == 0 and state.step < config.steps:
@@ -152,14 +159,14 @@ class _Run:
             self.state.save(self.checkpoint)
         self.state.processes.total(0)
 
-    def _report_step(self, loss: float, smooth: float) -> None:
+    def _report_step(self, loss: float) -> None:
         self.report(
             {
                 "event": "step",
                 "step": self.state.step,
                 "steps": self.config.steps,
                 "loss": loss,
-                "smooth_loss": smooth,
+                "smooth_loss": self.state.smooth,
                 "learning_rate": learning_rate(self.config, self.state.step - 1),
                 "seconds": self.state.seconds,
             }
@@ -185,6 +192,9 @@ class _Run:
         with whole_file(self.output / f"{config.name}_denoising.json") as temporary:
             temporary.write_text(json.dumps({"step": state.step, **curve}, indent=1) + "\n", encoding="utf-8")
         plot_curve(curve, self.output / f"{config.name}_denoising.png")
+        history = History(self.history, state.step)
+        history.add({"step": state.step, "seconds": round(state.seconds), "loss": state.smooth, **curve})
+        plot_history(history.entries, self.output / f"{config.name}_history.png")
         self.report({"event": "exported", "weights": str(weights)})
         state.processes.total(0)
         return TrainResult(weights, card, state.step, False, curve)
