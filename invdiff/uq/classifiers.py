@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from invdiff.errors import InvdiffError
-from invdiff.uq.draws import read_draws, read_truth, to_numpy, vectors
+from invdiff.uq.draws import read_data, read_draws, read_truth, to_numpy, vectors
+from invdiff.uq.regression import Leading, Logistic
 
 Classifier = Literal["auto", "boosting", "quadratic", "neighbours"]
 
@@ -81,8 +82,6 @@ def local_c2st(
     Returns:
         Statistic and p-value.
     """
-    from invdiff.uq.learned import Leading
-
     found = read_draws(draws)
     true = vectors(read_truth(truth, found))
     rng = np.random.default_rng([seed, 0x10C])
@@ -114,76 +113,7 @@ def local_c2st(
     return value, (1 + exceeded) / (nulls + 1)
 
 
-class Logistic:
-    """Logistic regression on features and their products, with a quadratic penalty; calling it gives log odds.
-
-    Exact for telling two Gaussians apart, which is why products suffice.
-
-    Args:
-        features: ``(n, p)``.
-        labels: 0 or 1, ``(n,)``.
-        weights: ``(n,)``.
-        penalty: On the squared coefficients of standardised features.
-    """
-
-    def __init__(
-        self, features: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None, penalty: float = 1.0
-    ) -> None:
-        self._upper = np.triu_indices(features.shape[1])
-        self._mean, self._scale = np.zeros(()), np.ones(())
-        f = self._expand(features)
-        self._mean, self._scale = f.mean(0), np.maximum(f.std(0), 1e-12)
-        f = np.concatenate([np.ones((len(f), 1)), (f - self._mean) / self._scale], axis=1)
-        w = np.ones(len(f)) if weights is None else weights
-        ridge = np.diag(np.r_[1e-6, np.full(f.shape[1] - 1, penalty)])
-
-        def loss(beta: np.ndarray) -> float:
-            eta = f @ beta
-            return float(w @ (np.logaddexp(0, eta) - labels * eta) + 0.5 * beta @ ridge @ beta)
-
-        beta = np.zeros(f.shape[1])
-        now = loss(beta)
-        for _ in range(30):
-            p = 1 / (1 + np.exp(-np.clip(f @ beta, -30, 30)))
-            gradient = f.T @ (w * (labels - p)) - ridge @ beta
-            step = np.linalg.solve((f.T * (w * np.maximum(p * (1 - p), 1e-6))) @ f + ridge, gradient)
-            # Newton's step may overshoot where the classes can nearly be separated.
-            size = next((0.5**i for i in range(12) if loss(beta + 0.5**i * step) < now), 0.0)
-            beta = beta + size * step
-            before, now = now, loss(beta)
-            if before - now < 1e-6 * max(1.0, abs(now)):
-                break
-        self._beta = beta
-
-    def _expand(self, features: np.ndarray) -> np.ndarray:
-        i, j = self._upper
-        return np.concatenate([features, features[:, i] * features[:, j]], axis=1)
-
-    def __call__(self, features: np.ndarray) -> np.ndarray:
-        """Return log odds of label 1, ``(n,)``."""
-        f = (self._expand(features) - self._mean) / self._scale
-        return np.asarray(self._beta[0] + f @ self._beta[1:])
-
-
-def read_data(y: Any, cases: int) -> np.ndarray:
-    """Return data as real vectors ``(case, m)``.
-
-    Raises:
-        InvdiffError: If there are not as many as cases, or a value is not finite.
-    """
-    values = to_numpy(y)
-    if values.ndim < 2 or values.shape[0] != cases:
-        raise InvdiffError(
-            f"The data have shape {values.shape}, expected ({cases}, ...): one measurement per case."
-        )
-    if not np.isfinite(values).all():
-        raise InvdiffError("The data hold NaN or infinite values; leave those cases out.")
-    return vectors(values.astype(np.complex128 if np.iscomplexobj(values) else np.float64))
-
-
 def _fit(classifier: str, rows: np.ndarray, labels: np.ndarray, seed: int) -> Any:
-    from invdiff.uq.learned import Leading
-
     if classifier == "auto":
         installed = importlib.util.find_spec("sklearn") is not None
         classifier = "boosting" if installed and len(rows) >= 200 else "quadratic"

@@ -10,8 +10,7 @@ import numpy as np
 from invdiff import tables
 from invdiff.errors import InvdiffError
 from invdiff.uq import ranks
-from invdiff.uq.classifiers import read_data
-from invdiff.uq.draws import Draws, read_truth, to_numpy, vectors
+from invdiff.uq.draws import Draws, read_data, read_truth, to_numpy, vectors
 from invdiff.uq.learned import Simulated, classifier, learned_ranks, predictable_error, tarp_references
 from invdiff.uq.predictive import predictive_chi_squared, residual_whiteness
 from invdiff.uq.uniformity import holm, uniform_p_value

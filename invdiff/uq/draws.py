@@ -134,6 +134,22 @@ def read_truth(truth: Any, draws: Draws) -> np.ndarray:
     return _double(x)
 
 
+def read_data(y: Any, cases: int) -> np.ndarray:
+    """Return data as real vectors ``(case, m)``.
+
+    Raises:
+        InvdiffError: If there are not as many as cases, or a value is not finite.
+    """
+    values = to_numpy(y)
+    if values.ndim < 2 or values.shape[0] != cases:
+        raise InvdiffError(
+            f"The data have shape {values.shape}, expected ({cases}, ...): one measurement per case."
+        )
+    if not np.isfinite(values).all():
+        raise InvdiffError("The data hold NaN or infinite values; leave those cases out.")
+    return vectors(values.astype(np.complex128 if np.iscomplexobj(values) else np.float64))
+
+
 def ordered(x: np.ndarray) -> np.ndarray:
     """Return numbers that have an order: real values as they are, magnitudes of complex ones."""
     return np.abs(x) if np.iscomplexobj(x) else x

@@ -16,6 +16,7 @@ import numpy as np
 
 from invdiff.uq.draws import Draws, vectors
 from invdiff.uq.ranks import exchange_rank
+from invdiff.uq.regression import Leading, Logistic, Ridge
 
 #: Blocks of cases; the first is only learned from.
 BLOCKS = 5
@@ -54,39 +55,6 @@ def learned_ranks(data: Simulated, learner: Learner, seed: int) -> np.ndarray:
     return np.array(out)
 
 
-class Ridge:
-    """``t = b + K a``, linear regression with the penalty that leaves each case out best.
-
-    Works in the space of cases, so that images cost no more than numbers.
-
-    Args:
-        features: ``(n, p)``.
-        targets: ``(n, q)``.
-    """
-
-    def __init__(self, features: np.ndarray, targets: np.ndarray) -> None:
-        n = len(features)
-        self._offset, self._mean = features.mean(0), targets.mean(0)
-        self._features, centred = features - self._offset, targets - self._mean
-        values, v = np.linalg.eigh(self._features @ self._features.T)
-        values = np.maximum(values, 0)
-        coordinates, size = v.T @ centred, max(float(values.max()), 1e-300)
-        best = np.inf
-        for penalty in [*(size * np.logspace(-8, 2, 31)), np.inf]:
-            shrink = values / (values + penalty) if np.isfinite(penalty) else np.zeros(n)
-            leverage = (v**2 @ shrink) + 1 / n
-            left_out = (centred - v @ (shrink[:, None] * coordinates)) / np.maximum(1 - leverage, 1e-9)[:, None]
-            loss = float((left_out**2).sum())
-            if loss < best:
-                best, self.left_out = loss, left_out
-                gain = 1 / (values + penalty) if np.isfinite(penalty) else np.zeros(n)
-                self._alpha = v @ (gain[:, None] * coordinates)
-
-    def __call__(self, features: np.ndarray) -> np.ndarray:
-        """Predict ``(q,)`` for one row of features."""
-        return np.asarray(self._mean + ((features - self._offset) @ self._features.T) @ self._alpha)
-
-
 def tarp_references(data: Simulated, seed: int) -> Learner:
     """Learn references from the data: regression of truths on ``y``, plus the error it made on another case."""
 
@@ -115,7 +83,6 @@ def predictable_error(data: Simulated) -> Learner:
 
 def classifier(data: Simulated, seed: int, negatives: int = 4, components: int = 6) -> Learner:
     """Learn to tell truths from draws, given the data: logistic regression on products of principal components."""
-    from invdiff.uq.classifiers import Logistic
 
     def learn(known: np.ndarray) -> Callable[[np.ndarray, int], np.ndarray]:
         rng = np.random.default_rng([seed, len(known), 0xC2])
@@ -138,30 +105,3 @@ def classifier(data: Simulated, seed: int, negatives: int = 4, components: int =
         return lambda points, case: model(features(points, np.full(len(points), case)))
 
     return learn
-
-
-class Leading:
-    """Leading principal coordinates of rows, scaled to unit variance.
-
-    Args:
-        rows: ``(n, p)``.
-        count: How many at most.
-    """
-
-    def __init__(self, rows: np.ndarray, count: int) -> None:
-        self._mean = rows.mean(0)
-        centred = rows - self._mean
-        values, u = np.linalg.eigh(centred @ centred.T) if len(rows) < rows.shape[1] else _covariance(centred)
-        keep = np.argsort(values)[::-1][:count]
-        keep = keep[values[keep] > 1e-12 * max(float(values.max()), 1e-300)]
-        basis = centred.T @ u[:, keep] / np.sqrt(values[keep]) if len(rows) < rows.shape[1] else u[:, keep]
-        self._basis = basis * np.sqrt(len(rows) / values[keep])
-
-    def __call__(self, rows: np.ndarray) -> np.ndarray:
-        """Return coordinates ``(n, count)``."""
-        return np.asarray((rows - self._mean) @ self._basis)
-
-
-def _covariance(centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    values, u = np.linalg.eigh(centred.T @ centred)
-    return values, u
