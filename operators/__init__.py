@@ -10,6 +10,7 @@
 ``VolumeMRI``         the same of a volume, with a 3-D FFT
 ``NonCartesianMRI``   parallel MRI along any trajectory, with off-resonance
 ``RadioInterferometry``  visibilities of a small field of the sky
+``Closures``             closure phases and log closure amplitudes of visibilities
 ``NavierStokes``         vorticity of a flow on a periodic square after some time
 ``Blur``              circular convolution with a kernel
 ``GaussianBlur``      circular convolution with a periodised Gaussian
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from invdiff.operators.basic import Identity, Matrix
     from invdiff.operators.beer_lambert import BeerLambert
     from invdiff.operators.blur import Blur, GaussianBlur
+    from invdiff.operators.closures import Closures
     from invdiff.operators.colour import Grayscale
     from invdiff.operators.components import SumOf
     from invdiff.operators.ct import ParallelBeamCT
@@ -76,6 +78,7 @@ _HOMES = {
     "BeerLambert": "invdiff.operators.beer_lambert",
     "Blur": "invdiff.operators.blur",
     "Clip": "invdiff.operators.pointwise",
+    "Closures": "invdiff.operators.closures",
     "CodedDiffraction": "invdiff.operators.phase",
     "ConeBeamCT": "invdiff.operators.ct_cone",
     "Downsampling": "invdiff.operators.superresolution",
@@ -120,6 +123,7 @@ __all__ = [
     "BeerLambert",
     "Blur",
     "Clip",
+    "Closures",
     "CodedDiffraction",
     "ConeBeamCT",
     "Downsampling",

@@ -10,6 +10,7 @@ from invdiff import operators as O
 from invdiff.operator import Operator
 from invdiff.operators._magnitude import Detected
 from invdiff.operators.phase import CodedField
+from invdiff.spaces import Space
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -101,6 +102,9 @@ IMAGING: dict[str, Callable[[torch.dtype], Operator]] = {
     "coded-field": lambda d: CodedField(O.masks.phases((3, 4), 2), dtype=d),
     "coded-field-complex-per-case": lambda d: CodedField(
         randn(3, 2, 4, 3, dtype=torch.complex128), dtype=d.to_complex()
+    ),
+    "closures": lambda d: O.Closures(
+        Space((4,), d.to_complex(), ("baseline",)), [[1, 1, -1, 0], [0, 1, 0, -1]], [[1, -1, 1, -1]], floor=0.0
     ),
     "free-space": lambda d: O.FreeSpace((4, 5), 5e-7, (1e-4, -3e-5), 2e-6, dtype=d.to_complex()),
     "free-space-fresnel": lambda d: O.FreeSpace((5, 3), 5e-7, 2e-4, 2e-6, model="fresnel", dtype=d.to_complex()),

@@ -14,6 +14,7 @@ from invdiff.spaces import Space, real_inner
 
 REAL = Space((3, 4), torch.float64, ("coil", "x"))
 COMPLEX = Space((3, 4), torch.complex128, ("coil", "x"))
+CLOSURES = Space((6,), torch.float64, ("closure",))
 
 
 def hermitian(k, seed=0, complex_=False):
@@ -48,6 +49,10 @@ CASES = {
     "poisson-background": (likelihoods.Poisson(2.0, background=1.5), REAL),
     "poisson-gaussian": (likelihoods.PoissonGaussian(0.5, 0.4), REAL),
     "rician": (likelihoods.Rician(0.8), REAL),
+    "wrapped": (
+        likelihoods.WrappedGaussian(0.1 * hermitian(6), CLOSURES, torch.arange(6) < 4),
+        CLOSURES,
+    ),
 }
 each = pytest.mark.parametrize("name", CASES)
 
@@ -55,7 +60,10 @@ each = pytest.mark.parametrize("name", CASES)
 def setting(name, rows=2):
     likelihood, space = CASES[name]
     z = space.randn(rows, seed=3)
-    z = z if space.is_complex else z.abs() * 3 + 0.2
+    if space is CLOSURES:
+        z = 0.3 * z  # angles that noise does not turn around
+    elif not space.is_complex:
+        z = z.abs() * 3 + 0.2
     y = likelihood.sample(z, Streams(5, [(0, r) for r in range(rows)]))
     return likelihood, z, y
 
