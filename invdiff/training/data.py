@@ -135,7 +135,8 @@ def _read(
     for file in files:
         if file not in dicom:
             found, classes = _read_one(file, channels, slice_axis, labelled)
-            images, labels = images + found, labels + classes
+            images.extend(found)
+            labels.extend(classes)
     if labelled and dicom:
         raise ValueError(
             f"{path} holds DICOM files, which say no class; put those of every class into a sub-folder."

@@ -93,7 +93,7 @@ def train(
     if config.threads > 0:
         torch.set_num_threads(config.threads)
     try:
-        with process_group(device) as processes, _stop_flag() as stop:
+        with process_group(device) as processes:
             report = progress if progress is not None and processes.first else lambda _: None
             source = Source(config, report)
             state = TrainState(config, device, source.classes, processes)
@@ -104,7 +104,8 @@ def train(
                 run.history.unlink(missing_ok=True)
             training, held_out = _split(source, processes)
             batches = Batches(training.images, config, training.labels, len(source.classes))
-            return run.loop(batches, held_out, stop, stop_at)
+            with _stop_flag() as stop:
+                return run.loop(batches, held_out, stop, stop_at)
     finally:
         torch.set_num_threads(threads)
 

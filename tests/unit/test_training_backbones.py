@@ -100,6 +100,16 @@ def test_every_backbone_learns_and_loads(tmp_path: Path, backbone: str) -> None:
     assert y.shape == x.shape and x.shape[-1] % network(backbone).multiple == 0 and bool(y.isfinite().all())
 
 
+@pytest.mark.parametrize("backbone", list(BACKBONES))
+def test_half_precision(tmp_path: Path, backbone: str) -> None:
+    changes = {"loss": "flow", "precision": "bfloat16", "export_dtype": "float16", "steps": 3}
+    result = train(recipe(tmp_path, backbone, **changes))
+    plain = train(recipe(tmp_path, backbone, **{**changes, "precision": "float32", "output": str(tmp_path / "b")}))
+    assert result.curve is not None and plain.curve is not None
+    assert result.curve["rmse"] == pytest.approx(plain.curve["rmse"], rel=0.02)
+    assert priors.load(result.weights).denoiser.dtype == torch.float32
+
+
 @pytest.mark.parametrize("parametrisation", ["edm", "flow"])
 @pytest.mark.parametrize("backbone", list(BACKBONES))
 def test_networks(backbone: str, parametrisation: str) -> None:
