@@ -149,21 +149,22 @@ def check(
     from invdiff.spaces import Space
 
     prior = library.load(name, check=False, **_declared(declared))
+    drawn = _drawn(prior.card) if samples is None else None
     if isinstance(prior.denoiser, library.NetworkDenoiser):
-        slices = _drawn(prior.card) if samples is None else None
-        slices = _clean(samples, len(prior.card["channels"])) if slices is None else slices
+        multiple = prior.denoiser.multiple
+        slices = _clean(samples, len(prior.card["channels"])) if drawn is None else drawn
         if prior.card["format"] == latent.FORMAT:
             prior = prior.bind(Space(tuple(slices.shape[1:])))
         else:
-            ny, nx = (n - n % prior.denoiser.multiple for n in slices.shape[-2:])
+            ny, nx = (n - n % multiple for n in slices.shape[-2:])
             slices = slices[..., :ny, :nx]
         report = check_denoiser(prior, slices, seed=seed)
-    elif samples is None and not self_test.is_natural(prior):
+    elif samples is None and drawn is None and not self_test.is_natural(prior):
         raise InvdiffError(
             f"Nothing is known of the images of {name}; give clean ones of their kind with --samples."
         )
     else:
-        clean = None if samples is None else _clean(samples, prior.denoiser.channels)
+        clean = drawn if samples is None else _clean(samples, prior.denoiser.channels)
         report, _ = self_test.examine(prior, clean, seed)
     if json:
         checks = [{"name": c.name, "error": c.error, "bound": c.bound, "ok": c.ok} for c in report.checks]

@@ -158,3 +158,18 @@ def test_a_run_resumes_with_its_own_loss_only(folder: Path) -> None:
     rest = train(config)
     assert whole.weights is not None and rest.weights is not None
     assert whole.weights.read_bytes() == rest.weights.read_bytes()
+
+
+def test_a_prior_of_drawn_images_is_checked_on_such(folder: Path) -> None:
+    from typer.testing import CliRunner
+
+    from invdiff.cli.app import app
+
+    sizes = {"crop": 32, "late_crop": 32, "batch": 4, "images": 8, "normalise": "p99", "validation_images": 2}
+    weights = train(
+        recipe(folder, data="digits", loss="flow", steps=2, output=str(folder / "digits"), **sizes)
+    ).weights
+    found = CliRunner().invoke(app, ["priors", "check", str(weights), "--json"])
+    # Two steps teach nothing, which the check must find.
+    assert found.exit_code == 3 and any("error at sigma" in name for name in json.loads(found.stdout)["failed"])
+    assert CliRunner().invoke(app, ["priors", "verify", str(weights)]).exit_code == 0
