@@ -28,7 +28,11 @@ if TYPE_CHECKING:
     from invdiff.priors.learned import Network
 
 _FOLDER = Path(__file__).resolve().parent
-_EMBEDDED = {"brain-mri": "brain_mri.safetensors", "ct-phantom": "ct_phantom.safetensors"}
+_EMBEDDED = {
+    "brain-mri": "brain_mri.safetensors",
+    "ct-phantom": "ct_phantom.safetensors",
+    "ct-latent": "ct_latent.safetensors",
+}
 
 
 class NetworkDenoiser(Denoiser):

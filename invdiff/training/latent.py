@@ -44,6 +44,23 @@ __all__ = ["LatentConfig", "train_latent"]
 
 Images = list[NDArray[Any]]
 
+#: What the first stage takes of the settings of `invdiff train`, and what the third stage is told elsewhere.
+_CODEC_KEYS = ("steps", "batch", "crop", "late_fraction", "late_batch", "late_crop", "learning_rate")
+_CODEC_KEYS += ("final_learning_rate", "warmup", "decay_fraction", "clip", "ema", "scale_jitter", "augment")
+_CODEC_KEYS += ("seed", "precision")
+_COMMON = (
+    "name",
+    "description",
+    "licence",
+    "note",
+    "data",
+    "images",
+    "validation_images",
+    "normalise",
+    "channels",
+)
+_COMMON += ("augment", "scale_jitter")
+
 
 @dataclass(frozen=True)
 class LatentConfig:
@@ -138,11 +155,11 @@ class LatentConfig:
     def recipe(self) -> dict[str, Any]:
         """Settings for the card, without places on this machine."""
         out = dataclasses.asdict(self)
-        for part in (out, out["codec"], out["denoiser"]):
-            for key in ("output", "cache", "threads", "device"):
+        out["codec"] = {k: v for k, v in out["codec"].items() if k in _CODEC_KEYS}
+        left_out = ("output", "cache", "threads", "device")
+        for part in (out, out["denoiser"]):
+            for key in left_out if part is out else (*left_out, *_COMMON):
                 part.pop(key, None)
-        for table in ("codec", "denoiser"):
-            out[table].pop("data")
         if self.data not in SYNTHESISERS:
             out["data"] = Path(self.data).name
         return json.loads(json.dumps(out))
