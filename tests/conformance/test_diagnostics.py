@@ -1,10 +1,14 @@
 """The diagnostics accept exact draws and reject six impostors: what makes every other verdict worth something."""
 
+import importlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from invdiff import likelihoods, operators, priors, reference
+import invdiff
+from invdiff import likelihoods, operators, priors, reference, samplers
 from invdiff.errors import InvdiffError
 from invdiff.problem import Problem
 from invdiff.spaces import Space
@@ -12,6 +16,7 @@ from invdiff.uq import controls, diagnose, ranks
 from invdiff.uq.draws import read_draws
 from invdiff.uq.uniformity import uniform_p_value
 
+ROOT = Path(__file__).resolve().parents[2]
 PROBLEMS = {"gaussian": controls.gaussian, "mixture": controls.mixture}
 #: A test that must see each impostor by itself, on both problems: the verdict is no accident of one of them.
 SEEN_BY = {
@@ -121,6 +126,23 @@ def test_images_from_the_library_are_accepted_and_spoiled_ones_rejected():
     assert wrong["predictive chi-squared"].finding == "draws fit the noise"
 
 
+def test_posteriors_of_samplers_are_told_apart():
+    """TMPD is exact for Gaussian priors up to step size; DPS takes its width from a weight, not from the noise."""
+    prior = priors.StationaryGaussian((8, 8))
+    space = Space((1, 8, 8), torch.float64)
+    mask = (torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.5).double()
+    truth = prior.denoiser.sample(40, 5)
+    problem = Problem.simulate(operators.Mask(mask, space), likelihoods.Gaussian(0.1), truth, seed=2)
+    verdicts = {}
+    for sampler in (samplers.TMPD(steps=20), samplers.DPS(steps=30)):
+        posterior = invdiff.sample(problem, prior, sampler, draws=12, seed=0, progress=False)
+        verdicts[sampler.name] = diagnose(
+            posterior, posterior.x_true, problem.y, problem.operator, problem.likelihood
+        )
+    assert verdicts["tmpd"].accepted, repr(verdicts["tmpd"])
+    assert {"distance to the draws", "predictive chi-squared"} <= set(verdicts["dps"].rejected)
+
+
 def test_complex_images_and_counts_have_their_own_laws():
     """Complex white noise in noise, and Poisson counts of gamma intensities: both posteriors in closed form."""
     rng = np.random.default_rng(0)
@@ -170,6 +192,19 @@ def test_a_diagnosis_is_a_table_and_labelled_arrays():
     assert len(titles) == 15 and "log-likelihood: draws fit the noise" in titles
     adjusted = np.sort(table["adjusted"])
     assert (adjusted >= np.sort(table["p_value"]) - 1e-15).all()
+
+
+def test_measured_power_is_what_the_page_says(monkeypatch):
+    """Exact draws accepted and every impostor rejected in 95 % of the repetitions at least, as goals were set."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    power = importlib.import_module("diagnostic_power")
+    done = power.load()
+    assert power.shown(done) in (ROOT / "docs" / "uncertainty.md").read_text(encoding="utf-8")
+    for problem, ways in done.items():
+        assert len(ways["exact"]) >= 300 and power.rejected(list(ways["exact"].values())) <= 0.05
+        for name in controls.IMPOSTORS:
+            if (problem, name) != ("gaussian", "mode missing"):
+                assert len(ways[name]) >= 100 and power.rejected(list(ways[name].values())) >= 0.95
 
 
 @pytest.mark.parametrize(
