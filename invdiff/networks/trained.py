@@ -35,6 +35,9 @@ BACKBONES: dict[str, tuple[str, ...]] = {
     "transformer": ("head_channels", "patch"),
 }
 
+# A card may say anything, and a network of a billion blocks would take for ever to compare with its weights.
+_MOST_BLOCKS, _MOST_LEVELS = 256, 12
+
 
 class _ADM(DhariwalUNet):
     """With heads of attention as wide as asked for."""
@@ -96,6 +99,11 @@ class TrainedNetwork(nn.Module):
             raise InvdiffError(f"A trained network is 'edm' or 'flow', got {parametrisation!r}.")
         if not 0 < sigma_data < float("inf"):
             raise InvdiffError(f"sigma_data must be a positive number, got {sigma_data}.")
+        if not 1 <= blocks <= _MOST_BLOCKS or not 1 <= len(widths) <= _MOST_LEVELS:
+            raise InvdiffError(
+                f"A network has 1 to {_MOST_BLOCKS} blocks and 1 to {_MOST_LEVELS} widths, got {blocks} and "
+                f"{len(widths)}."
+            )
         given = {"attention": list(attention), "head_channels": head_channels, "patch": patch}
         own = {name: given[name] for name in BACKBONES[backbone]}
         self.parametrisation, self.channels, self.size = parametrisation, channels, size

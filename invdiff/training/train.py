@@ -232,6 +232,11 @@ def _device(config: TrainConfig) -> torch.device:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     _, count, local = launched()
     if wanted == "cuda" and count > 1:
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"There are {torch.cuda.device_count()} CUDA devices here, too few for the processes that were "
+                "started; start one process per device, or use device = 'cpu'."
+            )
         wanted = f"cuda:{local}"
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("device is 'cuda' but no CUDA device is available; use 'auto' or 'cpu'.")

@@ -228,6 +228,8 @@ def test_loading_is_strict(tmp_path: Path) -> None:
     refused("unknown keys", config={**config, "depth": 3})
     refused("lacks", config={k: v for k, v in config.items() if k != "attention"})
     refused("Unknown backbone|unknown keys", config={**config, "backbone": "vit"})
+    refused("1 to 256 blocks", config={**config, "blocks": 10**12})
+    refused("wrong type", config={**config, "blocks": "3"})
     refused("'edm' or 'flow'", config={**config, "parametrisation": "v"})
     refused("wrong type|has shape|No adm network", config={**config, "widths": ["a", "b"]})
     # Weights in the other parametrisation denoise wrongly, which the self-test finds.

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from invdiff.training.batches import Batch
 from invdiff.training.config import TrainConfig
 from invdiff.training.processes import Processes, process_group
-from invdiff.training.train import train
+from invdiff.training.train import _device, train
 
 #: Three runs in one pair of processes: whole, stopped by a signal to the second process alone, resumed.
 SCRIPT = """
@@ -26,8 +27,11 @@ import torch
 torch.set_num_threads(1)
 from invdiff.training.batches import Batches
 from invdiff.training.config import TrainConfig
-from invdiff.training.train import train
+from invdiff.training import train as runs
 
+# Pictures take longer than all the rest.
+runs.plot_curve = runs.plot_history = lambda *_: None
+train = runs.train
 config = TrainConfig.from_file(sys.argv[1])
 rank, events = int(os.environ["RANK"]), []
 torch.distributed.init_process_group("gloo")
@@ -144,6 +148,13 @@ def test_the_launcher_of_torch(tmp_path: Path) -> None:
     assert load_file(tmp_path / "pair" / "tiny.safetensors")
 
 
+def test_the_package_is_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["invdiff", "train", "--settings"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("invdiff", run_name="__main__")
+    assert not stopped.value.code and "--condition-dropout" in capsys.readouterr().out
+
+
 def test_parts_of_a_batch() -> None:
     rows = torch.arange(5.0)
     batch = Batch(rows[:, None, None, None], rows, rows[:, None, None, None], rows.long())
@@ -162,3 +173,15 @@ def test_alone_there_is_nothing_to_add(monkeypatch: pytest.MonkeyPatch) -> None:
         x = torch.ones(3)
         processes.add([x])
         assert processes.first and processes.total(2.5) == 2.5 and torch.equal(x, torch.ones(3))
+
+
+def test_one_device_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = dataclasses.replace(recipe(tmp_path), device="auto")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert _device(config) == torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="1 CUDA devices here, too few"):
+        _device(config)
