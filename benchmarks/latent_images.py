@@ -66,6 +66,8 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "write", "show"])
     parser.add_argument("cell", nargs="*", help="task, noise and image to show")
     parser.add_argument("--only", nargs="*", default=[], help="samplers to run")
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--noise", nargs="*", type=float, default=list(NOISE), choices=NOISE)
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no cell after this time")
     parser.add_argument("--prior", default="ct-latent")
@@ -78,7 +80,7 @@ def main() -> None:
         show(prior, task, float(noise), int(image), options.only or ["resample"], options.picture)
         return
     if options.what == "run":
-        run(prior, options.only, options.images, options.minutes)
+        run(prior, options)
     write(prior)
 
 
@@ -142,27 +144,27 @@ def grade(x: Tensor, problem: invdiff.Problem, image: int) -> dict[str, float]:
     return found
 
 
-def run(prior, only: list[str], images: int, minutes: float) -> None:
-    """Grade every cell that the cache does not hold yet, image by image."""
-    end = time.monotonic() + 60 * minutes
+def run(prior, options: argparse.Namespace) -> None:
+    """Grade every cell that is asked for and that the cache does not hold yet."""
+    end = time.monotonic() + 60 * options.minutes
     sha = str(prior.card["sha256"])[:12]
-    for image in range(images):
-        for task in TASKS:
-            for noise in NOISE:
-                keep(f"coded truth/{task}/{noise}/{image}", sha, functools.partial(coded, prior, image))
+    settings = [(task, noise) for task in options.tasks for noise in options.noise]
+    for image in range(options.images):
+        for task, noise in settings:
+            keep(f"coded truth/{task}/{noise}/{image}", sha, functools.partial(coded, prior, image))
     for name, setting, changes, draws, most in ROWS:
+        if options.only and name not in options.only and f"{name}, {setting}" not in options.only:
+            continue
         sampler = samplers.get(name, **changes)
-        for image in range(min(most, images)):
-            for task in TASKS:
-                for noise in NOISE:
-                    if (only and name not in only) or time.monotonic() > end:
-                        continue
-                    problem = pose(task, noise, image)
-                    keep(
-                        f"{name}, {setting}/{task}/{noise}/{image}",
-                        f"{sha} {sampler!r} {draws}",
-                        functools.partial(sampled, prior, problem, sampler, draws),
-                    )
+        for image in range(min(most, options.images)):
+            for task, noise in settings:
+                if time.monotonic() > end:
+                    return
+                keep(
+                    f"{name}, {setting}/{task}/{noise}/{image}",
+                    f"{sha} {sampler!r} {draws}",
+                    functools.partial(sampled, prior, pose(task, noise, image), sampler, draws),
+                )
 
 
 def coded(prior, image: int) -> tuple[Tensor, dict[str, float]]:
