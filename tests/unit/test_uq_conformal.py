@@ -62,17 +62,33 @@ def test_few_calibration_cases_still_cover_on_average():
 
 @pytest.mark.parametrize(("bound", "groups"), [("wsr", 1), ("hb", 1), ("wsr", 3)])
 def test_risk_control_keeps_its_confidence(bound, groups):
-    """In at most 10 % of 60 calibrations is the true risk above 10 %, up to the 1 % point of the binomial."""
+    """In at most 10 % of 40 calibrations is the true risk above 10 %, up to the 1 % point of the binomial."""
     new = controls.gaussian(4000, 16, seed=2)
     scale = np.linspace(0.3, 1.2, 12)  # a sampler whose errors differ between pixels
     bad = 0
-    for i in range(60):
+    for i in range(40):
         known = controls.gaussian(200, 16, seed=100 + i)
         found = control_risk(spoil(known, scale), known.truth, 0.9, 0.9, groups, bound, **HOW)
         covered = inside(found.apply(spoil(new, scale)[:1000], HOW["fingerprint"]), new.truth[:1000]).mean()
         bad += covered < 0.9
         assert covered < 0.97
-    assert bad <= binom.ppf(0.99, 60, 0.1)
+    assert bad <= binom.ppf(0.99, 40, 0.1)
+
+
+@pytest.mark.parametrize("bound", ["wsr", "hb"])
+def test_the_factor_is_the_last_that_passes_the_test_of_the_risk(bound):
+    known = controls.gaussian(150, 16, seed=5)
+    found = control_risk(known.draws, known.truth, 0.85, 0.8, bound=bound, **HOW)
+    score = np.abs(known.truth - known.draws.mean(1)) / known.draws.std(1, ddof=1)
+
+    def p_value(factor):
+        losses = (score > factor).mean(1)
+        if bound == "hb":
+            return bounds.hoeffding_bentkus(losses, 0.15)
+        return bounds.waudby_smith_ramdas(losses, 0.15, 0.2)
+
+    assert p_value(float(found.factor)) <= 0.2 < p_value(float(found.factor) - 0.01)
+    assert found.confidence == 0.8 and "confidence 80%" in found.guarantee
 
 
 def spoil(control, scale):
@@ -103,6 +119,20 @@ def test_bounds_are_valid_and_the_betting_one_is_sharper():
     h = mean * np.log(mean / alpha) + (1 - mean) * np.log((1 - mean) / (1 - alpha))
     wanted = min(np.exp(-n * h), np.e * binom.cdf(5, n, alpha))
     assert bounds.hoeffding_bentkus(losses, alpha) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_bets_know_earlier_losses_only():
+    """The capital of the gambler, loss by loss."""
+    losses, alpha, delta = np.random.default_rng(3).random(30) * 0.3, 0.2, 0.1
+    capital, largest, variance, seen, square = 1.0, 0.0, 0.25, 0.5, 0.25
+    for i, loss in enumerate(losses, start=1):
+        bet = min(1, np.sqrt(2 * np.log(1 / delta) / (len(losses) * variance)))
+        capital *= 1 - bet * (loss - alpha)
+        largest = max(largest, capital)
+        seen += loss
+        square += (loss - seen / (1 + i)) ** 2
+        variance = square / (1 + i)
+    assert bounds.waudby_smith_ramdas(losses, alpha, delta) == pytest.approx(1 / largest, rel=1e-10)
 
 
 def test_a_calibration_is_a_file_that_comes_back(tmp_path):

@@ -64,6 +64,8 @@ def test_intervals_are_those_of_the_posterior_and_of_brute_force():
     first = lengths.argmin(0)
     np.testing.assert_array_equal(low[0], ordered[first, range(4)])
     np.testing.assert_array_equal(high[0], ordered[first + 20, range(4)])
+    low, high = intervals.interval(x[:, :9], 0.75, "highest-density")  # 8 of 10 gaps: all 9 draws
+    np.testing.assert_array_equal(np.stack([low[0], high[0]]), [x[0, :9].min(0), x[0, :9].max(0)])
 
 
 @pytest.mark.parametrize("kind", ["equal-tailed", "highest-density"])
