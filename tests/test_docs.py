@@ -36,7 +36,7 @@ def test_python_blocks_run(path, tmp_path):
     for line, code in blocks(path, "python"):
         # Blank lines in front, so that a traceback names the line of the page.
         program.append(f"exec(compile({chr(10) * (line - 1) + code!r}, {label(path)!r}, 'exec'), names)")
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     out = subprocess.run(
         [sys.executable, "-c", "\n".join(program), str(ROOT)],
         cwd=tmp_path,

@@ -32,6 +32,7 @@ _EMBEDDED = {
     "brain-mri": "brain_mri.safetensors",
     "ct-phantom": "ct_phantom.safetensors",
     "ct-latent": "ct_latent.safetensors",
+    "black-hole": "black_hole.safetensors",
 }
 
 
