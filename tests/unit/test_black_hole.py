@@ -8,7 +8,9 @@ import torch
 
 from invdiff.errors import InvdiffError
 from invdiff.interferometry import Visibilities
+from invdiff.io.uvfits import read_uvfits
 from invdiff.problems import black_hole
+from invdiff.problems.event_horizon import event_horizon_telescope
 from invdiff.problems.rings import measure_rings
 
 
@@ -70,3 +72,26 @@ def test_a_simulated_ring_fits_its_closures_and_others_do_not():
 def test_a_source_must_shine():
     with pytest.raises(InvdiffError, match="positive sum"):
         black_hole.observe(np.zeros((64, 64)), telescopes())
+
+
+def test_simulated_telescopes_see_what_the_real_ones_saw(measurements):
+    name = measurements / "SR1_M87_2017_101_lo_hops_netcal_StokesI.uvfits"
+    if not name.is_file():
+        pytest.skip("the observation of M87 is not there; set INVDIFF_DATA to its folder")
+    pytest.importorskip("astropy")
+    real, made = read_uvfits(name), event_horizon_telescope(every=60.0)
+    order = {"AA": 0, "AP": 1, "AZ": 2, "JC": 3, "LM": 4, "PV": 5, "SM": 6}
+    for a, b in np.unique(real.stations, axis=0):
+        pair = (order[real.names[a]], order[real.names[b]])
+        ours, theirs = made.uv[(made.stations == pair).all(1)], real.uv[(real.stations == (a, b)).all(1)]
+        away = np.abs(theirs[:, None] - ours[None]).max(-1).min(1)  # each real point has a simulated one near it
+        assert away.max() < 3e7, "a minute turns the longest baseline by 4e7 wavelengths"
+
+
+def test_telescopes_below_the_horizon_see_nothing():
+    made = event_horizon_telescope()
+    assert len(made) > 150 and 7.5e9 < np.hypot(*made.uv.T).max() < 9e9
+    closures = black_hole.prepare(black_hole.observe(black_hole.crescent(42.0), made)).closures()
+    assert len(closures.phases) > 50 and len(closures.amplitudes) > 40
+    with pytest.raises(InvdiffError, match="No two stations"):
+        event_horizon_telescope(lowest=80.0)
