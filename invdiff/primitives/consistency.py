@@ -14,6 +14,8 @@ from invdiff.spaces import norm, per_row, real_inner
 
 #: Steps whose worst misfit a new one has to beat.
 _MEMORY = 4
+#: Steps over which progress is judged.
+_STRIDE = 10
 
 
 def seen_data(problem: Problem, x: Tensor) -> Tensor:
@@ -26,14 +28,17 @@ def seen_data(problem: Problem, x: Tensor) -> Tensor:
     return (problem.operator(x).abs() > 0).to(x.dtype)
 
 
-def fit_to_noise(problem: Problem, x: Tensor, seen: Tensor, iterations: int, share: float = 1.0) -> Tensor:
+def fit_to_noise(
+    problem: Problem, x: Tensor, seen: Tensor, iterations: int, share: float = 1.0, progress: float = 0.0
+) -> Tensor:
     """Return ``x`` moved down the misfit ``f = ||(y - A(x)) / sigma||`` until ``f = share sqrt(m)``.
 
     Gradient steps of the shorter of two lengths. One would reach the goal if ``f`` were linear: it is enough where
     ``A`` is a mask, and keeps the fit out of the noise. The other is that of Barzilai and Borwein, long and short
     in turns, which knows the curvature along the last step: behind a decoder it is worth three steps of the first.
     None has a step size to tune. A row that would leave its last few ``f`` behind goes back and takes half of its
-    step; a row at the goal, or below it from the start, stays.
+    step; a row at the goal, or below it from the start, stays. So does one that no longer gets nearer: what is
+    left of its misfit is what the decoder cannot make, and steps that go on make up details to fit it.
 
     Args:
         problem: With a noise level; ``m`` counts the real numbers that are seen.
@@ -41,6 +46,7 @@ def fit_to_noise(problem: Problem, x: Tensor, seen: Tensor, iterations: int, sha
         seen: See `seen_data`.
         iterations: Most steps; one operator and one vjp each.
         share: Of the noise level. Below 1 the fit goes into the noise.
+        progress: Share of the way to the goal that ten steps must make; 0 for fits that never give up.
 
     Source: B. Polyak, "Minimization of unsmooth functionals", 1969; V. Morozov, "On the solution of functional
     equations by the method of regularization", 1966; J. Barzilai, J. Borwein, "Two-point step size gradient
@@ -51,7 +57,7 @@ def fit_to_noise(problem: Problem, x: Tensor, seen: Tensor, iterations: int, sha
     goal = share * (seen.flatten(1).sum(1) * (2 if problem.y.is_complex() else 1)).sqrt()
     rest = problem.residual(x) * weight
     f, length = norm(rest), torch.ones_like(goal)
-    best, lowest, past = x, f, [f]
+    best, lowest, past, marks = x, f, [f], [f]
     curvature, last = torch.zeros_like(f), None
     for k in range(iterations):
         # What rounding leaves of a reached goal is no reason for a step.
@@ -71,6 +77,10 @@ def fit_to_noise(problem: Problem, x: Tensor, seen: Tensor, iterations: int, sha
         length = torch.where(open_ & ~taken, 0.5 * length, torch.ones_like(length))
         x, rest, f = _where(taken, moved, x), _where(taken, there, rest), torch.where(taken, found, f)
         best, lowest, past = _where(f < lowest, x, best), torch.minimum(f, lowest), [*past, f]
+        marks = [*marks, lowest]
+        if progress and k >= _STRIDE:
+            before = marks[-1 - _STRIDE]
+            length = torch.where(before - lowest < progress * (before - goal), torch.zeros_like(length), length)
     return best
 
 

@@ -14,8 +14,9 @@ latent ends the run. No step draws from the posterior; the spread of the draws i
 
 Differences from the published code: ``D`` is Tweedie's (the code removes ``sqrt(1 - abar)`` of that noise, a tenth
 of it at ``abar = 0.99``; ``tweedie="published"``); the fits stop at the likelihood's noise level (the code's
-tolerance is a tenth of it, which only its cap on iterations reaches; ``noise_share=0.1``) and take gradient steps
-of Polyak's length instead of AdamW's, which has units; encoder and scale factor are the codec's, for any
+tolerance is a tenth of it, which only its cap on iterations reaches; ``noise_share=0.1``), or where the decoder
+gets no nearer (``progress=0``), and take gradient steps of lengths that follow from the misfit instead of AdamW's,
+which has units; encoder and scale factor are the codec's, for any
 autoencoder; levels of network and transition agree on the way to ``D~``; norms per draw; second-order transitions.
 
 Cost: an evaluation and a network VJP per step, through decoder and operator; ``ahead`` evaluations more, one
@@ -51,6 +52,7 @@ class ReSample(Sampler):
         gamma: Weight of the fit against the state.
         iterations: Most gradient steps of a fit.
         noise_share: Share of the noise level at which fits stop.
+        progress: Share of the way there that ten gradient steps must make, or a fit gives up; 0 never does.
         tweedie: ``exact`` or ``published``.
         order: 1 (published) or 2.
     """
@@ -59,7 +61,7 @@ class ReSample(Sampler):
     title: ClassVar[str] = "Latent diffusion with hard data consistency (ReSample)"
     reference: ClassVar[str] = "Song et al., ICLR 2024, arXiv:2307.08123"
     requires: ClassVar[frozenset[str]] = frozenset({"vjp", "quadratic", "noise", "denoiser-vjp"})
-    _code = {"tweedie": "published", "noise_share": 0.1}
+    _code = {"tweedie": "published", "noise_share": 0.1, "progress": 0.0}
     presets: ClassVar = {"published": {"steps": 500, "period": 10, "iterations": 500, "order": 1, **_code}}
 
     steps: int = 100
@@ -68,8 +70,9 @@ class ReSample(Sampler):
     period: int = 5
     ahead: int = 5
     gamma: float = 40.0
-    iterations: int = 50
+    iterations: int = 100
     noise_share: float = 1.0
+    progress: float = 0.05
     tweedie: Literal["exact", "published"] = "exact"
     order: Literal[1, 2] = 2
 
@@ -108,7 +111,7 @@ class ReSample(Sampler):
         return {**kept, "x": (v * z + t * t * x) / (v + t * t) + spread * ctx.noise(rng, len(x))}
 
     def _fit(self, problem: Problem, state: State, z: Tensor) -> Tensor:
-        return fit_to_noise(problem, z, state["seen"], self.iterations, self.noise_share)
+        return fit_to_noise(problem, z, state["seen"], self.iterations, self.noise_share, self.progress)
 
     def _share(self, s: float) -> float:
         return s / math.sqrt(1 + s * s) if self.tweedie == "published" else 1.0
