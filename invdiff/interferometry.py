@@ -108,13 +108,21 @@ class Visibilities:
         time, stations, uv, value, sigma = (np.array(column) for column in zip(*rows))
         return replace(self, time=time, stations=stations, uv=uv, value=value, sigma=sigma)
 
+    @property
+    def scans(self) -> Array:
+        """Number of the scan of every row, ``(n,)``; two minutes without data end one."""
+        times, place = np.unique(self.time, return_inverse=True)
+        return np.concatenate([[0], np.cumsum(np.diff(times) > _GAP)])[place]
+
     def _bins(self, seconds: float) -> Iterator[Array]:
-        times = np.unique(self.time)
-        for scan in np.split(times, np.flatnonzero(np.diff(times) > _GAP) + 1):
-            parts = max(1, int(np.ceil((scan[-1] - scan[0]) / seconds - 1e-9)))
-            edges = np.linspace(scan[0], scan[-1], parts + 1)
-            for first, last in itertools.pairwise(edges):
-                inside = (self.time >= first) & (self.time < last if last != edges[-1] else self.time <= last)
+        scans = self.scans
+        for scan in range(scans.max() + 1):
+            mine = scans == scan
+            first, last = self.time[mine].min(), self.time[mine].max()
+            parts = max(1, int(np.ceil((last - first) / seconds - 1e-9)))
+            part = np.minimum((self.time - first) / max(last - first, 1e-9) * parts, parts - 1).astype(int)
+            for k in range(parts):
+                inside = mine & (part == k)
                 if inside.any():
                     yield inside
 

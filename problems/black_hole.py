@@ -100,7 +100,7 @@ def observe(
         pixel: Size of a pixel in radians.
         flux: Total flux in Jy.
         gain: Standard deviation of the log-amplitudes of station errors; their phases are uniform. Both are
-            constant within ten minutes.
+            constant within a scan, as far as a correlator aligns them.
         seed: Seed of errors and noise.
     """
     total = float(np.sum(image))
@@ -109,11 +109,10 @@ def observe(
     rng = np.random.default_rng(seed)
     sky = operators.RadioInterferometry(template.uv, image.shape, pixel, dtype=torch.float64, accuracy=1e-6)
     value = sky(torch.from_numpy(np.asarray(image, np.float64) * (flux / total))[None, None])[0].numpy()
-    block = (template.time // 600).astype(int)
-    block -= block.min()
-    shape = (int(template.stations.max()) + 1, int(block.max()) + 1)
+    scan = template.scans
+    shape = (int(template.stations.max()) + 1, int(scan.max()) + 1)
     error = np.exp(gain * rng.normal(size=shape) + 2j * np.pi * rng.random(shape))
-    value = value * error[template.stations[:, 0], block] * error[template.stations[:, 1], block].conj()
+    value = value * error[template.stations[:, 0], scan] * error[template.stations[:, 1], scan].conj()
     noise = template.sigma * (rng.normal(size=len(value)) + 1j * rng.normal(size=len(value)))
     return dataclasses.replace(template, value=value + noise)
 
