@@ -45,21 +45,41 @@ __all__ = ["LatentConfig", "train_latent"]
 Images = list[NDArray[Any]]
 
 #: What the first stage takes of the settings of `invdiff train`, and what the third stage is told elsewhere.
-_CODEC_KEYS = ("steps", "batch", "crop", "late_fraction", "late_batch", "late_crop", "learning_rate")
-_CODEC_KEYS += ("final_learning_rate", "warmup", "decay_fraction", "clip", "ema", "scale_jitter", "augment")
-_CODEC_KEYS += ("seed", "precision")
-_COMMON = (
-    "name",
-    "description",
-    "licence",
-    "note",
-    "data",
-    "images",
-    "validation_images",
-    "normalise",
-    "channels",
+_CODEC_KEYS = frozenset(
+    (
+        "steps",
+        "batch",
+        "crop",
+        "late_fraction",
+        "late_batch",
+        "late_crop",
+        "learning_rate",
+        "final_learning_rate",
+        "warmup",
+        "decay_fraction",
+        "clip",
+        "ema",
+        "scale_jitter",
+        "augment",
+        "seed",
+        "precision",
+    )
 )
-_COMMON += ("augment", "scale_jitter")
+_COMMON = frozenset(
+    (
+        "name",
+        "description",
+        "licence",
+        "note",
+        "data",
+        "images",
+        "validation_images",
+        "normalise",
+        "channels",
+        "augment",
+        "scale_jitter",
+    )
+)
 
 
 @dataclass(frozen=True)
