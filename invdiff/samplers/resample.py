@@ -15,9 +15,9 @@ latent ends the run. No step draws from the posterior; the spread of the draws i
 Differences from the published code: ``D`` is Tweedie's (the code removes ``sqrt(1 - abar)`` of that noise, a tenth
 of it at ``abar = 0.99``; ``tweedie="published"``); the fits stop at the likelihood's noise level (the code's
 tolerance is a tenth of it, which only its cap on iterations reaches; ``noise_share=0.1``), or where the decoder
-gets no nearer (``progress=0``), and take gradient steps of lengths that follow from the misfit instead of AdamW's,
-which has units; encoder and scale factor are the codec's, for any
-autoencoder; levels of network and transition agree on the way to ``D~``; norms per draw; second-order transitions.
+gets no nearer to it (``progress=0`` goes on), and take gradient steps whose lengths follow from the misfit instead
+of AdamW's, which has units; encoder and scale factor are the codec's, for any autoencoder; levels of network and
+transition agree on the way to ``D~``; norms per draw; second-order transitions.
 
 Cost: an evaluation and a network VJP per step, through decoder and operator; ``ahead`` evaluations more, one
 encoder pass and up to ``iterations`` operator VJPs (half of them through the decoder) per resampling.
