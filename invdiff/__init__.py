@@ -26,6 +26,7 @@ if not (_root / "operators").is_dir():  # a checkout whose git could not make th
 if TYPE_CHECKING:
     from invdiff import bridge, likelihoods, operators, priors, problems, reference, samplers, testing, uq
     from invdiff.acquiring import acquire
+    from invdiff.calibrating import calibrate
     from invdiff.callbacks import Callback, StopWhen, Trace
     from invdiff.certifying import certify
     from invdiff.choosing import suggest
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "acquire": "acquiring",
+    "calibrate": "calibrating",
     "Callback": "callbacks",
     "StopWhen": "callbacks",
     "Trace": "callbacks",
@@ -84,6 +86,7 @@ __all__ = [
     "Trace",
     "acquire",
     "bridge",
+    "calibrate",
     "certify",
     "compare",
     "likelihoods",

@@ -8,6 +8,7 @@ import typer
 
 from invdiff import __version__
 from invdiff.cli import (
+    calibrate,
     check_operator,
     compare,
     demo,
@@ -49,6 +50,7 @@ def _root(
 app.command("demo")(demo.demo)
 app.command("reconstruct")(reconstruct.reconstruct)
 app.command("compare")(compare.compare)
+app.command("calibrate")(calibrate.calibrate)
 app.command("show")(show.show)
 app.command("samplers")(samplers.samplers)
 priors.app.command("convert")(priors_convert.convert)
