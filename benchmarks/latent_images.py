@@ -213,14 +213,21 @@ def write(prior) -> None:
                 "| | images, draws | " + " | ".join(t for _, t in FIGURES) + " |",
                 "|---" * (len(FIGURES) + 2) + "|",
             ]
-            for row, draws in [("coded truth", 1), *((f"{n}, {s}", d) for n, s, _, d, _ in ROWS)]:
-                found = [v["figures"] for k, v in done.items() if k.startswith(f"{row}/{task}/{noise}/")]
-                if not found:
-                    continue
-                cells = [cell(k, [f[k] for f in found if k in f]) for k, _ in FIGURES]
-                lines.append(f"| {row} | {len(found)}, {draws} | " + " | ".join(cells) + " |")
+            names = {"coded truth": 1, **{f"{n}, {s}": d for n, s, _, d, _ in ROWS}}
+            here = {row: graded(done, f"{row}/{task}/{noise}/") for row in names}
+            here = {row: found for row, found in here.items() if found}
+            # Images differ more than samplers do: a table is of those that all its rows have.
+            shared = sorted(set.intersection(*(set(found) for found in here.values())))
+            for row, found in here.items():
+                cells = [cell(k, [found[i][k] for i in shared if k in found[i]]) for k, _ in FIGURES]
+                lines.append(f"| {row} | {len(shared)}, {names[row]} | " + " | ".join(cells) + " |")
             parts.append(f"## {title}; noise {noise:g}\n\n" + "\n".join(lines) + "\n")
     RESULTS.with_suffix(".md").write_text("\n".join(parts))
+
+
+def graded(done: dict, start: str) -> dict[str, dict[str, float]]:
+    """Figures by image of the cells whose key starts so."""
+    return {k.removeprefix(start): v["figures"] for k, v in done.items() if k.startswith(start)}
 
 
 def cell(key: str, values: list[float]) -> str:
