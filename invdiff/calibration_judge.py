@@ -13,7 +13,8 @@ import torch
 
 from invdiff import uq
 from invdiff.calibration import LEVELS, SHOWN, Calibration, Estimate
-from invdiff.scoring import usable
+from invdiff.errors import InvdiffError
+from invdiff.loop import ADVICE
 from invdiff.uq.draws import Draws, ordered
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def judge(
     truth = np.concatenate([_numpy(p.x_true)[kept] for p, _, kept in done])
     y = np.concatenate([_numpy(p.y)[kept] for p, _, kept in done])
     draws = _read(done, problem.operator.domain.shape)
+    _check(draws)
     varies = np.stack([np.ptp(ordered(x), axis=0) > 0 for x, _ in draws])
     place = np.abs(2 * uq.pit(draws, truth, seed=seed) - 1)
     coverage = {k: _mean(place <= k, varies) for k in LEVELS}
@@ -83,16 +85,25 @@ def judge(
 
 def _read(done: Sequence[tuple[Problem, Posterior, np.ndarray]], shape: tuple[int, ...]) -> Draws:
     """Return the usable draws of the finished cases; those that do not fit into the cache are read again."""
-    where = [(posterior, int(case)) for _, posterior, kept in done for case in kept]
+    blocks = [(p.draws, p.stats["status"].values.reshape(p.n_cases, -1) == "ok", kept) for _, p, kept in done]
+    where = [(block, int(case)) for block in blocks for case in block[2]]
     size = 16 * math.prod(shape) * done[0][1].n_draws
 
     @functools.lru_cache(maxsize=max(1, _CACHE // size))
     def get(i: int) -> tuple[np.ndarray, np.ndarray]:
-        own = usable(*where[i])
-        return own.x.astype(np.complex128 if np.iscomplexobj(own.x) else np.float64), own.weights
+        (draws, ok, _), case = where[i]
+        x = (draws.isel(case=case) if "case" in draws.dims else draws).values[ok[case]]
+        return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64), np.full(len(x), 1 / max(len(x), 1))
 
-    excluded = sum(int((p.stats["status"].values.reshape(p.n_cases, -1)[k] != "ok").sum()) for _, p, k in done)
-    return Draws(len(where), shape, excluded, get)
+    return Draws(len(where), shape, sum(int((~ok[kept]).sum()) for _, ok, kept in blocks), get)
+
+
+def _check(draws: Draws) -> None:
+    """Refuse cases whose draws have no spread to speak of, naming the first."""
+    for i, (x, _) in enumerate(draws):
+        if len(x) < 2 or (x == x[:1]).all():
+            what = "has no two draws that are finite" if len(x) < 2 else "has draws that are all the same"
+            raise InvdiffError(f"Case {i} {what}; {ADVICE}.")
 
 
 def _part(draws: Draws, start: int, stop: int) -> Draws:

@@ -83,13 +83,13 @@ class TestVerdict:
 
     def test_images_of_ones_own_bring_the_error_of_the_prior(self):
         images = 3 * PRIOR.denoiser.sample(90, 5)
-        found = quick(cases=40, images=images, population="fields of three times the size")
+        found = quick(cases=20, images=images, population="fields of three times the size")
         assert not found.accepted and not found.from_prior and "prior's error or the sampler's" in repr(found)
         assert "three times the size" in found.conformal.population
-        again = quick(cases=40, images=images.numpy(), population="fields of three times the size")
+        again = quick(cases=20, images=images.numpy(), population="fields of three times the size")
         assert again.to_dict() == found.to_dict()
         order = np.random.default_rng(derived(0, 0, 0)).permutation(90)
-        same = quick(cases=40, images=lambda i: images[order[i]], population="fields of three times the size")
+        same = quick(cases=20, images=lambda i: images[order[i]], population="fields of three times the size")
         assert same.to_dict() == found.to_dict()
 
 
@@ -120,7 +120,7 @@ class Stop(Exception):
 
 class TestFolder:
     def test_resume_gives_the_same_bits(self, tmp_path, monkeypatch):
-        options = {"cases": 40, "draws": 8, "max_batch": 80}
+        options = {"cases": 40, "draws": 6, "max_batch": 60}
         calls, advance = [], Callback.on_chunk
 
         def interrupted(self, rows, restarted=False):
@@ -142,7 +142,7 @@ class TestFolder:
             with Posterior.open(path) as a, Posterior.open(tmp_path / "part" / path.name) as b:
                 assert np.array_equal(a.draws.values, b.draws.values)
         # Another batch size changes the last digits at most.
-        assert resumed.crps[0] == pytest.approx(quick(cases=40, draws=8).crps[0], rel=1e-8)
+        assert resumed.crps[0] == pytest.approx(quick(cases=40, draws=6).crps[0], rel=1e-8)
 
     def test_more_cases_go_on_from_what_there_is(self, tmp_path, monkeypatch):
         quick(output=tmp_path / "out", cases=20, draws=8)
@@ -192,7 +192,7 @@ class _Hidden(priors.exact.ExactDenoiser.__mro__[1]):
 
 
 class TestBudget:
-    def test_stops_between_cases_and_says_so(self, tmp_path, monkeypatch):
+    def test_stops_between_cases_and_says_so(self, monkeypatch):
         now = [0.0]
 
         def later():
@@ -200,11 +200,11 @@ class TestBudget:
             return now[0]
 
         monkeypatch.setattr("invdiff.calibrating.time", SimpleNamespace(monotonic=later))
-        found = quick(cases=200, budget_s=3.5, output=tmp_path / "out")
-        assert found.diagnosis.n_cases == 60 and found.asked == 200
-        assert "60 of 200 cases were finished in time" in repr(found)
+        found = quick(cases=200, draws=6, budget_s=2.5)
+        assert found.diagnosis.n_cases == 40 and found.asked == 200
+        assert "40 of 200 cases were finished in time" in repr(found)
         monkeypatch.undo()
-        assert found.crps == quick(cases=60).crps
+        assert found.crps == quick(cases=40, draws=6).crps
 
     def test_too_little_time_is_a_sentence(self, tmp_path):
         with pytest.raises(InvdiffError, match=r"0 of 60 cases fitted.*run it again"):
