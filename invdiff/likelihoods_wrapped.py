@@ -14,9 +14,9 @@ from invdiff.spaces import Space
 class WrappedGaussian(CorrelatedGaussian):
     """Correlated Gaussian noise where some data are angles, which know no full turns.
 
-    ``log p = -||L^-1 r||^2 / 2 - sum log diag L - (m / 2) log 2 pi`` with ``C = L L^T`` and ``r = y - z``, of which
-    angles are brought to ``(-pi, pi]``. That is the law of wrapped noise as long as it rarely reaches half a turn, so
-    that standard deviations of angles above 1 radian are refused: such data say next to nothing.
+    ``log p = -||L^-1 r||^2 / 2 - sum log diag L - (m / 2) log 2 pi`` with ``C = L L^T`` and ``r = y - z``, of
+    which angles are brought to ``(-pi, pi]``. That is the law of wrapped noise as long as it rarely reaches half a
+    turn, so that standard deviations of angles above 1 radian are refused: such data say next to nothing.
 
     Args:
         covariance: ``C``, ``(m, m)`` or ``(1 or N, m, m)``.

@@ -215,7 +215,7 @@ class EDMUNet(nn.Module):
         return c_skip * x + c_out * raw.to(x.dtype)
 
     def raw(self, x: Tensor, c_noise: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The network F itself, with input and target of unit variance; weights ``(B, classes)`` of the classes."""
+        """The network F itself, input and target of unit variance; weights ``(B, classes)`` of the classes."""
         angles = c_noise[:, None] * self.frequencies * math.pi
         e = self.embed(torch.cat([angles.cos(), angles.sin()], dim=1))
         if self.classify is not None and weights is not None:
