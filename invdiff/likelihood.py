@@ -91,7 +91,9 @@ class Likelihood(Movable, ABC):
 
     def __repr__(self) -> str:
         inner = ", ".join(
-            f"{k}={v:g}" if isinstance(v, (int, float)) else f"{k}={_short(v)}" for k, v in self.__dict__.items()
+            f"{k}={v:g}" if isinstance(v, (int, float)) else f"{k}={_short(v)}"
+            for k, v in self.__dict__.items()
+            if isinstance(v, (int, float, Tensor))
         )
         return f"{self.name}({inner})"
 
@@ -123,7 +125,5 @@ def array_sha256(values: Tensor) -> str:
     return hashlib.sha256(values.detach().cpu().contiguous().resolve_conj().numpy().tobytes()).hexdigest()
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{float(value):g}" if value.numel() == 1 else f"tensor{tuple(value.shape)}"
-    return type(value).__name__
+def _short(value: Tensor) -> str:
+    return f"{float(value):g}" if value.numel() == 1 else f"tensor{tuple(value.shape)}"
