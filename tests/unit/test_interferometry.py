@@ -165,7 +165,6 @@ def write_uvfits(path, codes=(-1, -2), weight=400.0, drop=()):
     return path
 
 
-@pytest.mark.filterwarnings("ignore::astropy.utils.exceptions.AstropyWarning")
 def test_uvfits_reads_what_was_written(tmp_path):
     seen = read_uvfits(write_uvfits(tmp_path / "a.uvfits"))
     assert len(seen) == 3 and seen.names == ("AA", "AZ", "PV") and seen.source == "M87"
@@ -178,7 +177,6 @@ def test_uvfits_reads_what_was_written(tmp_path):
     assert intensity.sigma == pytest.approx(0.05)
 
 
-@pytest.mark.filterwarnings("ignore::astropy.utils.exceptions.AstropyWarning")
 def test_files_that_cannot_be_read_get_one_sentence(tmp_path):
     fits = pytest.importorskip("astropy.io.fits")
     image = tmp_path / "image.fits"
