@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +88,8 @@ class TrainState:
             torch.default_generator.manual_seed(config.seed)
             self.network = make_network(config, len(classes)).to(device)
         if config.channels_last:
-            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            by_channels: dict[str, Any] = {"memory_format": torch.channels_last}  # torch's stubs differ by version
+            self.network.to(**by_channels)
         self.denoise = denoiser_of(self.network, torch.compile(self.network) if config.compile else None)
         self.average = {k: v.detach().clone() for k, v in self.network.named_parameters()}
         self.optimiser = torch.optim.Adam(
