@@ -341,7 +341,8 @@ def test_shards(plain, tmp_path):
 def refused(match, folder, **declared):
     with pytest.raises(InvdiffError, match=match) as caught:
         load(folder, **declared)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    said = str(caught.value).replace(str(folder), "")
+    assert "\n" not in said and len(said) < 500
 
 
 def test_a_missing_scale_is_not_guessed(tmp_path):
