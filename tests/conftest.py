@@ -17,6 +17,8 @@ with warnings.catch_warnings():
     import sigpy.mri  # noqa: F401
 
 from invdiff import ct
+from invdiff.interferometry import Visibilities
+from invdiff.io.uvfits import read_uvfits
 from invdiff.operators import _compiled
 
 # Tests hold small arrays: a second thread gains nothing, and where the cores are busy every parallel region waits
@@ -79,3 +81,13 @@ def tooth(measurements: Path) -> ct.Scan:
     if not (measurements / "tooth.h5").is_file():
         pytest.skip("the scan of the tooth is not there; set INVDIFF_DATA to its folder")
     return ct.read_scan(measurements / "tooth.h5")
+
+
+@pytest.fixture(scope="session")
+def m87(measurements: Path) -> Visibilities:
+    """Real visibilities of M87, 11 April 2017, low band."""
+    pytest.importorskip("astropy")
+    path = measurements / "SR1_M87_2017_101_lo_hops_netcal_StokesI.uvfits"
+    if not path.is_file():
+        pytest.skip("the observation of M87 is not there; set INVDIFF_DATA to its folder")
+    return read_uvfits(path)

@@ -252,7 +252,8 @@ def _ours(name: str | Path) -> bool:
         return about.get("format") in {*FORMATS, latent.FORMAT}
     try:
         with safe_open(path, framework="pt") as file:
-            return "inlet.weight" in file.keys()  # noqa: SIM118 (not a mapping)
+            names = file.keys()
+            return "inlet.weight" in names
     except (SafetensorError, OSError):
         return True
 

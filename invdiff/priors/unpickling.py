@@ -29,18 +29,19 @@ from invdiff.priors.pickle_machine import Inert, Machine, Maker, Name, Refused, 
 __all__ = ["Array", "Inert", "Name", "Pickled", "read_pickled"]
 
 #: Whatever a damaged file makes of parsing: stacks that run dry, values of another kind, sizes that do not fit.
+#: RuntimeError includes what torch has not implemented.
 _DAMAGE = (
-    *(
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        RuntimeError,
-        NotImplementedError,
-    ),
-    *(EOFError, OSError, struct.error, zipfile.BadZipFile),
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    struct.error,
+    zipfile.BadZipFile,
 )
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001

@@ -12,7 +12,6 @@ Everything random at step n depends on (seed, n) only, as in `invdiff.training.t
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from invdiff.io.atomic import whole_file
 from invdiff.networks.compact_autoencoder import CompactAutoencoder
+from invdiff.training import checkpoints
 from invdiff.training.config import TrainConfig
 from invdiff.training.state import learning_rate
 
@@ -92,18 +91,8 @@ class CodecState:
 
     def save(self, path: Path) -> None:
         """Write the checkpoint."""
-        from safetensors.torch import save_file
-
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in self.network.named_parameters():
-            tensors[f"network.{name}"] = parameter.detach()
-            tensors[f"average.{name}"] = self.average[name]
-            for key, value in self.optimiser.state.get(parameter, {}).items():
-                tensors[f"optimiser.{key}.{name}"] = value
-        state = {"step": self.step, "seconds": self.seconds, "config": self.network.config()}
-        metadata = {"format": _FORMAT, "state": json.dumps(state)}
-        with whole_file(path) as temporary:
-            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
+        about = {"step": self.step, "seconds": self.seconds, "config": self.network.config()}
+        checkpoints.write(path, about, _FORMAT, self.network, self.average, self.optimiser)
 
     def load(self, path: Path) -> None:
         """Take up the state of a checkpoint.
@@ -111,28 +100,13 @@ class CodecState:
         Raises:
             ValueError: It is unreadable or belongs to another network.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is not a readable checkpoint ({error}); delete it to start anew.") from None
-        state = json.loads(metadata["state"]) if metadata.get("format") == _FORMAT else {}
-        if state.get("config") != self.network.config():
+        state, tensors = checkpoints.read(path, _FORMAT)
+        if state["config"] != self.network.config():
             raise ValueError(
-                f"{path} is the checkpoint of {state.get('config', 'something else')}, not of "
-                f"{self.network.config()}; choose another output folder."
+                f"{path} is the checkpoint of {state['config']}, not of {self.network.config()}; choose another "
+                "output folder."
             )
-        for name, parameter in self.network.named_parameters():
-            parameter.data.copy_(tensors[f"network.{name}"])
-            self.average[name].copy_(tensors[f"average.{name}"])
-            self.optimiser.state[parameter] = {
-                key: tensors[f"optimiser.{key}.{name}"].to("cpu" if key == "step" else self.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"optimiser.{key}.{name}" in tensors
-            }
+        checkpoints.restore(tensors, self.network, self.average, self.optimiser)
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
 
 

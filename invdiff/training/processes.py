@@ -59,7 +59,8 @@ class Processes:
         if rows < self.count:
             raise ValueError(f"A batch of {rows} cannot be split over {self.count} processes; raise batch.")
         mine = slice(rows * self.rank // self.count, rows * (self.rank + 1) // self.count)
-        part = Batch(*(None if t is None else t[mine] for t in batch))  # type: ignore[arg-type]
+        label = None if batch.label is None else batch.label[mine]
+        part = Batch(batch.clean[mine], batch.sigma[mine], batch.noise[mine], label)
         return part, len(part.sigma) / rows
 
     def add(self, tensors: list[Tensor]) -> None:

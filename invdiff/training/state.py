@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invdiff.io.atomic import whole_file
 from invdiff.networks import BACKBONES, EDMUNet, TrainedNetwork
 from invdiff.priors.learned import Network, denoiser_of
+from invdiff.training import checkpoints
 from invdiff.training.batches import Batch
 from invdiff.training.config import TrainConfig
 from invdiff.training.processes import Processes
 
+_FORMAT = "invdiff-training/1"
 #: Settings that fix the network; a checkpoint belongs to one choice of them.
 _NETWORK = ("channels", "loss", "backbone", "widths", "blocks", "embedding", "sigma_data", "condition")
 
@@ -104,19 +104,9 @@ class TrainState:
 
     def save(self, path: Path) -> None:
         """Write the checkpoint."""
-        from safetensors.torch import save_file
-
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in self.network.named_parameters():
-            tensors[f"network.{name}"] = parameter.detach()
-            tensors[f"average.{name}"] = self.average[name]
-            for key, value in self.optimiser.state.get(parameter, {}).items():
-                tensors[f"optimiser.{key}.{name}"] = value
         about = {"step": self.step, "seconds": self.seconds, "config": self.config.to_dict()}
         about |= {"classes": list(self.classes), "smooth": self.smooth}
-        metadata = {"format": "invdiff-training/1", "state": json.dumps(about)}
-        with whole_file(path) as temporary:
-            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
+        checkpoints.write(path, about, _FORMAT, self.network, self.average, self.optimiser)
 
     def load(self, path: Path) -> None:
         """Take up the state of a checkpoint.
@@ -124,18 +114,8 @@ class TrainState:
         Raises:
             ValueError: it is unreadable or belongs to another network.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is not a readable checkpoint ({error}); delete it to start anew.") from None
-        if metadata.get("format") != "invdiff-training/1":
-            raise ValueError(f"{path} is not a training checkpoint; delete it or choose another output folder.")
-        state, asked = json.loads(metadata["state"]), self.config.to_dict()
-        defaults = TrainConfig().to_dict()
+        state, tensors = checkpoints.read(path, _FORMAT)
+        asked, defaults = self.config.to_dict(), TrainConfig().to_dict()
         own = BACKBONES[self.config.backbone]
         if "attention" in own:
             own = (*own, "crop")
@@ -151,24 +131,9 @@ class TrainState:
                 f"{path} was trained with the classes {trained}, not {list(self.classes)}; choose another output "
                 "folder."
             )
-        self._restore(tensors)
+        checkpoints.restore(tensors, self.network, self.average, self.optimiser)
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
         self.smooth = state.get("smooth")
-
-    def _restore(self, tensors: dict[str, Tensor]) -> None:
-        """Copy weights, averages and the moments of the optimiser."""
-        for name, parameter in self.network.named_parameters():
-            parameter.data.copy_(tensors[f"network.{name}"])
-            self.average[name].copy_(tensors[f"average.{name}"])
-            kept = {
-                key: tensors[f"optimiser.{key}.{name}"]
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"optimiser.{key}.{name}" in tensors
-            }
-            if kept:
-                self.optimiser.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device) for key, value in kept.items()
-                }
 
     def averaged(self) -> Network:
         """Copy of the network with averaged weights, for validation and export."""

@@ -8,7 +8,6 @@ import torch
 
 from invdiff.errors import InvdiffError
 from invdiff.interferometry import Visibilities
-from invdiff.io.uvfits import read_uvfits
 from invdiff.problems import black_hole
 from invdiff.problems.event_horizon import event_horizon_telescope
 from invdiff.problems.rings import measure_rings
@@ -74,12 +73,8 @@ def test_a_source_must_shine():
         black_hole.observe(np.zeros((64, 64)), telescopes())
 
 
-def test_simulated_telescopes_see_what_the_real_ones_saw(measurements):
-    name = measurements / "SR1_M87_2017_101_lo_hops_netcal_StokesI.uvfits"
-    if not name.is_file():
-        pytest.skip("the observation of M87 is not there; set INVDIFF_DATA to its folder")
-    pytest.importorskip("astropy")
-    real, made = read_uvfits(name), event_horizon_telescope(every=60.0)
+def test_simulated_telescopes_see_what_the_real_ones_saw(m87):
+    real, made = m87, event_horizon_telescope(every=60.0)
     order = {"AA": 0, "AP": 1, "AZ": 2, "JC": 3, "LM": 4, "PV": 5, "SM": 6}
     for a, b in np.unique(real.stations, axis=0):
         pair = (order[real.names[a]], order[real.names[b]])

@@ -197,12 +197,8 @@ def test_files_that_cannot_be_read_get_one_sentence(tmp_path):
             read_uvfits(make())
 
 
-def test_the_real_observation(measurements):
-    name = measurements / "SR1_M87_2017_101_lo_hops_netcal_StokesI.uvfits"
-    if not name.is_file():
-        pytest.skip("the observation of M87 is not there; set INVDIFF_DATA to its folder")
-    pytest.importorskip("astropy")
-    seen = read_uvfits(name)
+def test_the_real_observation(m87):
+    seen = m87
     assert len(seen) == 7447 and seen.source == "M87" and seen.frequency == pytest.approx(227.07e9, rel=1e-4)
     longest = np.hypot(*seen.uv.T).max()
     assert 8.0e9 < longest < 8.6e9

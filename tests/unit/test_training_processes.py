@@ -10,7 +10,6 @@ import sys
 import textwrap
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +18,7 @@ from invdiff.training.batches import Batch
 from invdiff.training.config import TrainConfig
 from invdiff.training.processes import Processes, process_group
 from invdiff.training.train import _device, train
+from tests.unit import tiny_training
 
 #: Three runs in one pair of processes: whole, stopped by a signal to the second process alone, resumed.
 SCRIPT = """
@@ -57,31 +57,9 @@ torch.distributed.destroy_process_group()
 
 
 def recipe(folder: Path) -> TrainConfig:
-    rng = np.random.default_rng(0)
-    np.save(folder / "x.npy", rng.standard_normal((12, 24, 24)).astype(np.float32))
-    return TrainConfig(
-        data=str(folder / "x.npy"),
-        output=str(folder / "pair"),
-        name="tiny",
-        channels=1,
-        normalise="none",
-        widths=(8, 12),
-        blocks=1,
-        embedding=16,
-        sigma_data=1.0,
-        steps=6,
-        batch=5,
-        crop=16,
-        late_fraction=0.4,
-        late_crop=16,
-        late_batch=2,
-        warmup=2,
-        ema=0.9,
-        validation_images=1,
-        checkpoint_every=100,
-        device="cpu",
-        threads=1,
-    )
+    output = str(folder / "pair")
+    run = {"steps": 6, "batch": 5, "late_fraction": 0.4, "late_batch": 2, "checkpoint_every": 100}
+    return tiny_training.recipe(folder, 24, output=output, **run)
 
 
 def free_port() -> int:

@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,36 +13,13 @@ from invdiff.errors import InvdiffError
 from invdiff.training.config import TrainConfig
 from invdiff.training.history import History
 from invdiff.training.train import train
+from tests.unit import tiny_training
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
-    rng = np.random.default_rng(0)
-    np.save(tmp_path / "x.npy", rng.standard_normal((12, 16, 16)).astype(np.float32))
-    return TrainConfig(
-        data=str(tmp_path / "x.npy"),
-        output=str(tmp_path / "out"),
-        name="tiny",
-        channels=1,
-        normalise="none",
-        widths=(8, 12),
-        blocks=1,
-        embedding=16,
-        sigma_data=1.0,
-        steps=8,
-        batch=4,
-        crop=16,
-        late_fraction=0.0,
-        late_crop=16,
-        warmup=2,
-        learning_rate=3e-3,
-        ema=0.9,
-        validation_images=1,
-        checkpoint_every=3,
-        validate_every=4,
-        device="cpu",
-        threads=1,
-    )
+    run = {"steps": 8, "batch": 4, "late_fraction": 0.0, "checkpoint_every": 3, "validate_every": 4}
+    return tiny_training.recipe(tmp_path, 16, learning_rate=3e-3, **run)
 
 
 def entries(config: TrainConfig) -> list[dict]:
